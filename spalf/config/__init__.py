@@ -1,0 +1,36 @@
+"""Configuration: frozen types, YAML in and out, and the parameters derived from them."""
+
+from spalf.config.constants import StructuralConstants
+from spalf.config.derived import Derived, Schedule, describe, schedule
+from spalf.config.io import load_run, load_sweep, parse, parse_sweep, to_yaml
+from spalf.config.types import (
+    Cell,
+    DatasetConfig,
+    EvaluateConfig,
+    MethodConfig,
+    ModelEntry,
+    RunConfig,
+    RuntimeConfig,
+    SweepConfig,
+)
+
+__all__ = [
+    "Cell",
+    "DatasetConfig",
+    "Derived",
+    "EvaluateConfig",
+    "MethodConfig",
+    "ModelEntry",
+    "RunConfig",
+    "RuntimeConfig",
+    "Schedule",
+    "StructuralConstants",
+    "SweepConfig",
+    "describe",
+    "load_run",
+    "load_sweep",
+    "parse",
+    "parse_sweep",
+    "schedule",
+    "to_yaml",
+]

@@ -1,0 +1,160 @@
+"""Parameters the user does not set: each with its formula, its value and where that came from.
+
+`Schedule` holds everything that follows from the configuration alone; what needs data is added by
+calibration and initialisation through `describe`. ``spalf describe`` prints the list, and every
+run stores it in its ``metadata.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from spalf.config.types import BUFFER_TOKENS, RunConfig
+
+L0_START_MULTIPLE = 4.0
+"""m of M9: L0_ref starts at m·L0_target."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """One derived parameter, as printed and stored."""
+
+    name: str
+    formula: str
+    value: float | int | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, rates and gains that follow from a `RunConfig` (M9–M16); steps count from 0.
+
+    Attributes:
+        total_steps: optimiser steps the token budget pays for, both phases.
+        phase1_steps: at most this many of them in Phase 1.
+        phase2_steps: the rest.
+        warmup_steps: linear learning-rate warm-up.
+        cooldown_steps: length of the decay that ends Phase 1 (and of the λ_disc ramp).
+        l0_ramp_steps: L0_ref falls geometrically over this many steps (M9).
+        l0_start: L0_ref at step 0.
+        lr_final_ratio: learning rate at the end of the cooldown, as a share of ``lr``.
+        omega_c: controller bandwidth per step (M12).
+        omega_o: observer bandwidth per step (M12).
+        v_max: saturation of the violation signal (M12).
+        k_s: integral gain of the setpoint loop per step in Phase 1 (M14).
+        k_p: its proportional gain, in both phases.
+        k_s_phase2: the same in Phase 2, where little time is left to settle.
+        block_tokens: activations in one of the buffer's two blocks (M18).
+        ortho_tokens: tokens a step on which co-activation is estimated (M8).
+        ortho_features: features kept for each of them, the strongest first.
+    """
+
+    total_steps: int
+    phase1_steps: int
+    phase2_steps: int
+    warmup_steps: int
+    cooldown_steps: int
+    l0_ramp_steps: int
+    l0_start: float
+    lr_final_ratio: float
+    omega_c: float
+    omega_o: float
+    v_max: float
+    k_s: float
+    k_p: float
+    k_s_phase2: float
+    block_tokens: int
+    ortho_tokens: int
+    ortho_features: int
+
+
+def schedule(config: RunConfig) -> Schedule:
+    """The schedule of one run, a pure function of its configuration."""
+    total = config.total_tokens // config.batch_size
+    phase2 = round(config.method.phase2_fraction * total)
+    phase1 = total - phase2
+    start = L0_START_MULTIPLE * config.L0_target if config.method.l0_schedule else config.L0_target
+    omega_c = min(0.05, max(0.01, 40 / phase1))
+    return Schedule(
+        total_steps=total,
+        phase1_steps=phase1,
+        phase2_steps=phase2,
+        warmup_steps=max(1, min(100, phase1 // 20)),
+        cooldown_steps=max(1, phase1 // 5),
+        l0_ramp_steps=phase1 // 2,
+        l0_start=min(start, config.F / 2),
+        lr_final_ratio=0.1,
+        omega_c=omega_c,
+        omega_o=5 * omega_c,
+        v_max=0.3,
+        k_s=0.5 * omega_c,
+        k_p=0.5,
+        k_s_phase2=2 * omega_c,
+        block_tokens=_block_tokens(config),
+        ortho_tokens=min(256, config.batch_size),
+        ortho_features=min(config.F, max(8, round(2 * config.L0_target))),
+    )
+
+
+def _block_tokens(config: RunConfig) -> int:
+    """Half the buffer, in whole pairs of batches so that no batch straddles two blocks.
+
+    Short runs get a smaller buffer: at least eight blocks, so that mixing still happens.
+    """
+    pair = 2 * config.batch_size
+    wanted = min(BUFFER_TOKENS // 2, config.total_tokens // 8)
+    return max(1, wanted // pair) * pair
+
+
+def describe(config: RunConfig, measured: Mapping[str, float | int] | None = None) -> list[Derived]:
+    """Every derived parameter of a run.
+
+    Args:
+        config: the run.
+        measured: values found by calibration and initialisation, by name; those not yet known
+            are listed with value ``None``.
+    """
+    values = asdict(schedule(config))
+    rows = [Derived(name, _FROM_CONFIG[name], values[name], "config") for name in _FROM_CONFIG]
+    known = measured or {}
+    for name, (formula, source) in _FROM_DATA.items():
+        rows.append(Derived(name, formula, known.get(name), source))
+    return rows
+
+
+_FROM_CONFIG = {
+    "total_steps": "total_tokens // batch_size",
+    "phase1_steps": "total_steps − phase2_steps (M15)",
+    "phase2_steps": "phase2_fraction · total_steps (M15)",
+    "warmup_steps": "min(100, phase1_steps / 20)",
+    "cooldown_steps": "phase1_steps / 5",
+    "lr_final_ratio": "0.1: the rate at which Phase 2 starts (M16)",
+    "l0_start": "min(m·L0_target, F/2), m = 4 (M9)",
+    "l0_ramp_steps": "phase1_steps / 2 (M9)",
+    "omega_c": "clip(40 / phase1_steps, .01, .05) per step (M12)",
+    "omega_o": "5·omega_c (M12)",
+    "v_max": "0.3 (M12)",
+    "k_s": "0.5·omega_c per step (M14)",
+    "k_p": "0.5 (M14)",
+    "k_s_phase2": "2·omega_c per step (M16)",
+    "block_tokens": "min(2^19, total_tokens / 8), whole pairs of batches (M18)",
+    "ortho_tokens": "min(256, batch_size) (M8)",
+    "ortho_features": "clip(2·L0_target, 8, F) (M8)",
+}
+
+_FROM_DATA = {
+    "v_cap": ("min(V, F/16) (M3)", "calibration"),
+    "whitener_rank": ("smallest k with 1 − delta_rank of the trace (M2)", "calibration"),
+    "alpha": ("λ_k / kappa (M2)", "calibration"),
+    "calibration_tokens": ("tokens until the split-half error is ≤ delta_cov (M1)", "calibration"),
+    "variance": ("trace Σ", "calibration"),
+    "theta_quantile": ("1 − l0_start / F (M5)", "init"),
+    "init_scale": ("⟨x−μ, z W_dec⟩ / ‖z W_dec‖² (M5)", "init"),
+    "bandwidth_median": ("median_j c_eps·IQR_j (M6)", "init"),
+    "tau_start": ("half the first E‖x−x̂‖² (M14)", "init"),
+    "tau_floor": ("(1 − R2_target)·variance (M14)", "calibration"),
+    "threshold_trim_phase1": ("factor on θ at which L0 = L0_target, at the end (M14)", "phase1"),
+    "threshold_trim_phase2": ("the same at the end of Phase 2", "phase2"),
+    "kl_scale": ("KL at the entry to Phase 2 (M16)", "phase2"),
+}
