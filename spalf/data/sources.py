@@ -1,0 +1,220 @@
+"""Where text comes from: every kind of dataset as one deterministic stream of documents."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from spalf.config import DatasetConfig
+from spalf.errors import UserError
+from spalf.hub import hub_reachable
+
+PYTHON_STDLIB = "python-stdlib"
+"""The dataset that every Python has on disk: the source of its own standard library."""
+
+MIN_DOCUMENTS = 256
+"""A dataset with fewer documents is cut into pieces, so that no split by document stays empty."""
+
+PIECE_CHARACTERS = 16_384
+"""Size of the pieces that a very large text file is cut into."""
+
+_BLOCK_CHARACTERS = 2**20
+_ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".tex", ".py"}
+_OFFLINE = (
+    "with no network, give `python-stdlib` or the path of a local text, jsonl or parquet file"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and the key that decides which split it belongs to.
+
+    The key is the relative path for ``python-stdlib``, so that a file stays in its split from one
+    Python release to the next. Elsewhere it is a digest of the text, so that exact duplicates
+    never straddle two splits.
+    """
+
+    key: str
+    text: str
+
+
+def is_stdlib(dataset: DatasetConfig) -> bool:
+    """Whether the dataset is the interpreter's own library."""
+    return dataset.path == PYTHON_STDLIB
+
+
+def documents(dataset: DatasetConfig) -> Iterator[Document]:
+    """Every document of a dataset, always in the same order.
+
+    Raises:
+        UserError: the dataset is missing, unreachable, unreadable, empty, or has no text column.
+    """
+    if is_stdlib(dataset):
+        found = _stdlib_documents()
+    else:
+        texts = (text for text in _texts(dataset) if text.strip())
+        found = (Document(_digest(text), text) for text in _cut_if_few(texts))
+    first = next(found, None)
+    if first is None:
+        raise UserError("dataset", dataset.path, "holds no text; give a dataset with documents")
+    return chain([first], found)
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """Cut a text into pieces of ``size`` to ``2·size`` characters, at blank lines if there are any.
+
+    Joined together they are the text.
+    """
+    start = 0
+    while len(text) - start > 2 * size:
+        blank = text.find("\n\n", start + size, start + 2 * size)
+        end = blank + 2 if blank >= 0 else start + size
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _cut_if_few(texts: Iterable[str]) -> Iterator[str]:
+    """The texts as they are, or cut into about 2·MIN_DOCUMENTS pieces if there are only a few."""
+    rest = iter(texts)
+    head = list(islice(rest, MIN_DOCUMENTS))
+    if len(head) == MIN_DOCUMENTS:
+        return chain(head, rest)
+    size = sum(map(len, head)) // (2 * MIN_DOCUMENTS)
+    size = min(max(size, 128), PIECE_CHARACTERS)
+    return (piece for text in head for piece in pieces(text, size) if piece.strip())
+
+
+def _stdlib_documents() -> Iterator[Document]:
+    """The library's source files, ordered by a hash of the path: every prefix is a fair sample."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    for key in sorted(files, key=_digest):
+        # Third-party packages are not the library; _sysconfigdata describes the build machine.
+        if {"site-packages", "dist-packages"} & set(key.split("/")) or "_sysconfigdata" in key:
+            continue
+        text = files[key].read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield Document(key, text)
+
+
+def _texts(dataset: DatasetConfig) -> Iterator[str]:
+    path = Path(dataset.path).expanduser()
+    if path.is_dir():
+        return _directory_texts(dataset, path)
+    if path.is_file():
+        builder = _row_format(path)
+        if builder is None:
+            return _file_text(path)
+        return _rows(dataset, _load(dataset, builder, data_files=str(path), split="train"))
+    if _looks_local(dataset.path):
+        remedy = "no such file or directory; give an existing path, `python-stdlib` or a hub id"
+        raise UserError("dataset", dataset.path, remedy)
+    if not hub_reachable():
+        raise UserError("dataset", dataset.path, f"the hub cannot be reached; {_OFFLINE}")
+    return _rows(dataset, _load(dataset, dataset.path, name=dataset.name, split=dataset.split))
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path that does not exist can only have been meant as a file."""
+    is_hub_id = path.count("/") <= 1 and not path.startswith(("/", ".", "~"))
+    return not is_hub_id or Path(path).suffix in set(_ROW_FORMATS) | _TEXT_SUFFIXES
+
+
+def _row_format(path: Path) -> str | None:
+    """The ``datasets`` builder for a file name, compressed or not; ``None`` for plain text."""
+    return next((_ROW_FORMATS[s] for s in path.suffixes if s in _ROW_FORMATS), None)
+
+
+def _directory_texts(dataset: DatasetConfig, path: Path) -> Iterator[str]:
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return _rows(dataset, _load_saved(dataset, path))
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    builders = {builder for file in files if (builder := _row_format(file))}
+    if len(builders) > 1:
+        remedy = f"mixes {' and '.join(sorted(builders))} files; give a directory of one kind"
+        raise UserError("dataset", dataset.path, remedy)
+    if builders:
+        names = [str(file) for file in files if _row_format(file)]
+        return _rows(dataset, _load(dataset, builders.pop(), data_files=names, split="train"))
+    return chain.from_iterable(_file_text(file) for file in files if file.suffix in _TEXT_SUFFIXES)
+
+
+def _file_text(path: Path) -> Iterator[str]:
+    """A text file as one document; one of more than a mebicharacter as many pieces."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_BLOCK_CHARACTERS)
+            following = file.read(_BLOCK_CHARACTERS)
+            if not following:
+                yield text
+                return
+            while text:
+                yield from pieces(text, PIECE_CHARACTERS)
+                text, following = following, file.read(_BLOCK_CHARACTERS)
+    except UnicodeDecodeError as error:
+        remedy = f"not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
+        raise UserError("dataset", str(path), remedy) from None
+    except OSError as error:
+        raise UserError("dataset", str(path), f"cannot be read: {error.strerror}") from None
+
+
+def _load(dataset: DatasetConfig, builder: str, **options: Any) -> Any:
+    """A dataset that is read row by row, and never copied into a cache."""
+    from datasets import load_dataset  # heavy, and not needed for text files
+
+    try:
+        return load_dataset(builder, streaming=True, **options)
+    except Exception as error:  # the library raises dozens of types for one fault
+        raise _unreadable(dataset, error) from None
+
+
+def _load_saved(dataset: DatasetConfig, path: Path) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    saved = load_from_disk(str(path))
+    if not isinstance(saved, DatasetDict):
+        return saved
+    if dataset.split not in saved:
+        remedy = f"has no such split; it has {', '.join(sorted(map(str, saved)))}"
+        raise UserError("dataset.split", dataset.split, remedy)
+    return saved[dataset.split]
+
+
+def _rows(dataset: DatasetConfig, rows: Any) -> Iterator[str]:
+    """The text column of a dataset's rows."""
+    iterator = iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _unreadable(dataset, error) from None
+        if dataset.text_field not in row:
+            remedy = f"no such column; the dataset has {', '.join(sorted(row))}"
+            raise UserError("dataset.text_field", dataset.text_field, remedy)
+        text = row[dataset.text_field]
+        if isinstance(text, str):
+            yield text
+        elif text is not None:
+            remedy = f"holds {type(text).__name__}, not text; name the column that holds text"
+            raise UserError("dataset.text_field", dataset.text_field, remedy)
+
+
+def _unreadable(dataset: DatasetConfig, error: Exception) -> UserError:
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if Path(dataset.path).expanduser().exists():
+        return UserError("dataset", dataset.path, f"cannot be read: {reason[:200]}")
+    return UserError("dataset", dataset.path, f"cannot be fetched ({reason[:200]}); {_OFFLINE}")
