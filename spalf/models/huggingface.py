@@ -1,0 +1,77 @@
+"""Backend over plain Hugging Face models, with hooks on their modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spalf.models.interface import Edit, SiteModel
+from spalf.models.sites import FAMILIES, Site
+
+
+class HuggingFaceModel(SiteModel):
+    """A Hugging Face causal language model of one of the `FAMILIES`.
+
+    Args:
+        model: the loaded model, on its device.
+        name: as the user wrote it.
+        hook_point: the site's name.
+        site: the same, parsed.
+    """
+
+    def __init__(self, model: Any, name: str, hook_point: str, site: Site) -> None:
+        self.name, self.hook_point = name, hook_point
+        self._model = model.requires_grad_(False).eval()
+        self._module, self._at_input = _locate(model, site)
+        self.device = model.device
+        self.d_model = model.config.hidden_size
+        self.n_layers = model.config.num_hidden_layers
+        self.d_vocab = model.get_output_embeddings().weight.shape[0]
+
+    def unembedding(self) -> Tensor:
+        """See `LanguageModel.unembedding`."""
+        weight: Tensor = self._model.get_output_embeddings().weight
+        return weight.T.float()
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    @contextmanager
+    def _hooked(self, edit: Edit) -> Iterator[None]:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (edit(args[0]), *args[1:])
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if isinstance(output, tuple):  # attention also returns its pattern
+                return (edit(output[0]), *output[1:])
+            return edit(output)
+
+        if self._at_input:
+            handle = self._module.register_forward_pre_hook(before)
+        else:
+            handle = self._module.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _locate(model: nn.Module, site: Site) -> tuple[nn.Module, bool]:
+    """The module that a site belongs to, and whether the site is its input."""
+    family = FAMILIES[model.config.model_type]  # type: ignore[union-attr,index]
+    block = model.get_submodule(f"{family.blocks}.{site.layer}")
+    if site.kind == "hook_attn_out":
+        return block.get_submodule(family.attn_out), False
+    if site.kind == "hook_mlp_out":
+        return block.get_submodule(family.mlp_out), False
+    return block, site.kind == "hook_resid_pre"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name from the configuration."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
