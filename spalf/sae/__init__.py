@@ -1,0 +1,6 @@
+"""The stratified JumpReLU sparse autoencoder and its initialisation."""
+
+from spalf.sae.init import InitReport, anchor_directions, initialise
+from spalf.sae.stratified import SAEOutput, StratifiedSAE
+
+__all__ = ["InitReport", "SAEOutput", "StratifiedSAE", "anchor_directions", "initialise"]
