@@ -1,0 +1,376 @@
+"""First-letter feature absorption (arXiv 2409.14507), on a model's own vocabulary and text.
+
+A feature "starts with s" is absorbed where it stays silent on some s-word and a feature of that
+word alone carries the letter instead. Words are single tokens of the vocabulary, met in held-out
+text; ground truth is a linear probe for each letter, trained on other words than it is tested on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spalf.evaluation.protocols import PatchableModel, Progress, SparseCoder
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_WORD = re.compile(r"[\u0120\u2581 ]?([A-Za-z]{2,})")  # byte-level BPE or SentencePiece word start
+_CHUNK_ELEMENTS = 2**24
+_RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class AbsorptionOptions:
+    """Thresholds of the measurement; the first four are those of the literature.
+
+    Attributes:
+        min_cosine: a stand-in's decoder direction must align with the probe at least this well.
+        min_share: and carry at least this share of the token's projection on the probe.
+        split_gain: a further main feature must raise the k-sparse probe's F1 by this much.
+        max_main: main features per letter at most.
+        occurrences: activations kept of each word, so that frequent words do not decide.
+        max_words: words used at most.
+        test_share: share of each letter's words held out for testing.
+        min_words: words a letter needs to take part.
+        min_letters: letters needed to measure at all.
+        min_probe_accuracy: mean balanced accuracy of the probes on unseen words (chance is 0.5)
+            below which the model is taken not to spell, and nothing is measured.
+        seed: decides the split and which words are dropped beyond ``max_words``.
+    """
+
+    min_cosine: float = 0.025
+    min_share: float = 0.4
+    split_gain: float = 0.03
+    max_main: int = 10
+    occurrences: int = 8
+    max_words: int = 8192
+    test_share: float = 0.3
+    min_words: int = 5
+    min_letters: int = 5
+    min_probe_accuracy: float = 0.65
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class WordActivations:
+    """Activations at single-token words.
+
+    Attributes:
+        x: float32 ``[n, d_model]``.
+        word: token id of each row, int64 ``[n]``.
+        letter: first letter of each row, 0 to 25, int64 ``[n]``.
+    """
+
+    x: Tensor
+    word: Tensor
+    letter: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Probes:
+    """Linear probes: row i of x is of letter ℓ where x_i·direction_ℓ + bias_ℓ > 0."""
+
+    direction: Tensor  # [d_model, letters]
+    bias: Tensor  # [letters]
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ self.direction + self.bias
+
+
+def evaluate_absorption(
+    model: PatchableModel,
+    sae: SparseCoder,
+    sequences: Iterable[Tensor],
+    token_strings: Sequence[str],
+    *,
+    options: AbsorptionOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """First-letter absorption of one SAE on held-out text.
+
+    Args:
+        model: the language model; runs only up to the site.
+        sae: the trained SAE.
+        sequences: batches of held-out tokens ``[n_seq, seq_len]``.
+        token_strings: the vocabulary as the tokenizer spells it, by token id.
+        options: thresholds; the defaults are meant to serve every model.
+        progress: called with the number of tokens after each batch.
+
+    Returns:
+        As `first_letter_absorption`.
+    """
+    chosen = options or AbsorptionOptions()
+    words = collect_words(model, sequences, token_strings, options=chosen, progress=progress)
+    return first_letter_absorption(words, sae, options=chosen)
+
+
+def first_letters(token_strings: Sequence[str]) -> Tensor:
+    """First letter of every token, int64 ``[d_vocab]``: 0 to 25, or −1 if it is not a word.
+
+    A word is at least two ASCII letters, with or without a leading space marker.
+    """
+    matches = (_WORD.fullmatch(text) for text in token_strings)
+    return torch.tensor([ALPHABET.index(m[1][0].lower()) if m else -1 for m in matches])
+
+
+def collect_words(
+    model: PatchableModel,
+    sequences: Iterable[Tensor],
+    token_strings: Sequence[str],
+    *,
+    options: AbsorptionOptions | None = None,
+    progress: Progress | None = None,
+) -> WordActivations:
+    """Activations of the first few occurrences of each word; arguments as `evaluate_absorption`.
+
+    To be collected once and shared by every SAE of the site.
+    """
+    chosen = options or AbsorptionOptions()
+    letter_of = _limit_words(first_letters(token_strings), chosen)
+    room = torch.where(letter_of >= 0, chosen.occurrences, 0)
+    xs: list[Tensor] = []
+    words: list[Tensor] = []
+    for batch in sequences:
+        flat = batch.flatten().cpu()
+        wanted = _first_occurrences(flat, room)
+        if wanted.numel():
+            x = model.activations(batch.to(model.device)).flatten(0, 1)
+            xs.append(x[wanted.to(x.device)].float())
+            words.append(flat[wanted])
+            room -= torch.bincount(flat[wanted], minlength=room.shape[0])
+        if progress is not None:
+            progress(batch.numel())
+    if not xs:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return WordActivations(torch.zeros(0, 0), nothing, nothing)
+    word = torch.cat(words)
+    x = torch.cat(xs)
+    return WordActivations(x, word.to(x.device), letter_of[word].to(x.device))
+
+
+@torch.no_grad()
+def first_letter_absorption(
+    words: WordActivations, sae: SparseCoder, *, options: AbsorptionOptions | None = None
+) -> dict[str, Any]:
+    """The share of correctly probed words whose letter feature was absorbed.
+
+    Returns:
+        ``rate`` (over all test cases), ``per_letter`` (letter → rate), ``probe_accuracy``
+        (balanced, on unseen words, mean over letters) and ``n_cases``; or ``skipped``: why there
+        is no measurement.
+    """
+    chosen = options or AbsorptionOptions()
+    letters = _eligible_letters(words, chosen)
+    if len(letters) < chosen.min_letters:
+        return {
+            "skipped": f"only {len(letters)} first letters have {chosen.min_words} words or more "
+            f"in the evaluation text; {chosen.min_letters} are needed"
+        }
+    train, test = _split(words, letters, chosen)
+    probes = _fit_probes(train.x, _one_hot(train.letter, letters))
+    accuracy = _balanced_accuracy(probes.logits(test.x) > 0, _one_hot(test.letter, letters))
+    if accuracy < chosen.min_probe_accuracy:
+        return {
+            "skipped": f"the site does not spell: balanced probe accuracy on unseen words is "
+            f"{accuracy:.3f}, below {chosen.min_probe_accuracy}"
+        }
+    main = _main_features(train, sae, letters, chosen)
+    absorbed, cases = _count_absorbed(test, sae, probes, main, letters, chosen)
+    if not cases.any():
+        return {"skipped": "no test word is recognised by its letter's probe"}
+    rates = {
+        ALPHABET[letter]: int(a) / int(n)
+        for letter, a, n in zip(letters, absorbed, cases, strict=True)
+        if n
+    }
+    total = int(cases.sum())
+    return {
+        "rate": int(absorbed.sum()) / total,
+        "per_letter": rates,
+        "probe_accuracy": accuracy,
+        "n_cases": total,
+    }
+
+
+def _limit_words(letter_of: Tensor, options: AbsorptionOptions) -> Tensor:
+    """``letter_of`` with all but ``max_words`` words, drawn at random, marked as no words."""
+    words = (letter_of >= 0).nonzero().flatten()
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(words.shape[0], generator=generator)
+    limited = letter_of.clone()
+    limited[words[order[options.max_words :]]] = -1
+    return limited
+
+
+def _first_occurrences(tokens: Tensor, room: Tensor) -> Tensor:
+    """Positions in ``tokens [n]`` that are among the first ``room[token]`` of their token."""
+    order = tokens.argsort(stable=True)
+    grouped = tokens[order]
+    positions = torch.arange(tokens.shape[0])
+    is_start = torch.ones_like(grouped, dtype=torch.bool)
+    is_start[1:] = grouped[1:] != grouped[:-1]
+    start = torch.where(is_start, positions, 0).cummax(0).values
+    return order[positions - start < room[grouped]].sort().values
+
+
+def _eligible_letters(words: WordActivations, options: AbsorptionOptions) -> list[int]:
+    counts = [int(words.word[words.letter == letter].unique().numel()) for letter in range(26)]
+    return [letter for letter, count in enumerate(counts) if count >= options.min_words]
+
+
+def _split(
+    words: WordActivations, letters: list[int], options: AbsorptionOptions
+) -> tuple[WordActivations, WordActivations]:
+    """Training and test rows of the eligible letters; no word is in both."""
+    generator = torch.Generator().manual_seed(options.seed)
+    held_out = []
+    for letter in letters:
+        own = words.word[words.letter == letter].unique().cpu()
+        n_test = max(1, round(options.test_share * own.numel()))
+        held_out.append(own[torch.randperm(own.numel(), generator=generator)[:n_test]])
+    is_test = torch.isin(words.word, torch.cat(held_out).to(words.word.device))
+    is_eligible = torch.isin(words.letter, torch.tensor(letters, device=words.letter.device))
+
+    def rows(mask: Tensor) -> WordActivations:
+        return WordActivations(words.x[mask], words.word[mask], words.letter[mask])
+
+    return rows(is_eligible & ~is_test), rows(is_test)
+
+
+def _one_hot(letter: Tensor, letters: list[int]) -> Tensor:
+    """Bool ``[n, len(letters)]``."""
+    return letter[:, None] == torch.tensor(letters, device=letter.device)
+
+
+def _fit_probes(x: Tensor, labels: Tensor, max_iterations: int = 100) -> _Probes:
+    """One class-balanced ridge-penalised logistic probe per column of ``labels [n, letters]``.
+
+    Inputs of more than average variance are brought down to it, so that a few huge ones do not
+    hold up the fit; small ones are never blown up, so that probes do not live on noise.
+    """
+    mean, std = x.mean(dim=0), x.std(dim=0)
+    scale = std.clamp(min=float(std.square().mean().sqrt()) + 1e-12)
+    inputs, target = (x - mean) / scale, labels.float()
+    positive = target.mean(dim=0).clamp(1e-6, 1 - 1e-6)
+    weight = torch.where(labels, 0.5 / positive, 0.5 / (1 - positive))
+    w = x.new_zeros(x.shape[1], labels.shape[1], requires_grad=True)
+    b = x.new_zeros(labels.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([w, b], max_iter=max_iterations, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimiser.zero_grad()
+        fit = F.binary_cross_entropy_with_logits(inputs @ w + b, target, weight, reduction="none")
+        # Each letter is a problem of its own, hence the sum over letters.
+        loss = fit.mean(dim=0).sum() + 0.5 * _RIDGE * w.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    direction = w.detach() / scale[:, None]
+    return _Probes(direction, b.detach() - mean @ direction)
+
+
+def _balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Mean over letters of (sensitivity + specificity)/2; both ``[n, letters]`` bool."""
+    hits = (predicted & labels).sum(dim=0) / labels.sum(dim=0)
+    rejections = (~predicted & ~labels).sum(dim=0) / (~labels).sum(dim=0)
+    return float((hits + rejections).mean() / 2)
+
+
+def _chunks(words: WordActivations, sae: SparseCoder) -> Iterable[tuple[slice, Tensor]]:
+    """Rows and their codes ``[rows, d_sae]``, a few at a time."""
+    size = max(1, _CHUNK_ELEMENTS // sae.W_dec.shape[0])
+    for start in range(0, words.x.shape[0], size):
+        rows = slice(start, min(start + size, words.x.shape[0]))
+        yield rows, sae.encode(words.x[rows]).float()
+
+
+def _main_features(
+    train: WordActivations, sae: SparseCoder, letters: list[int], options: AbsorptionOptions
+) -> list[Tensor]:
+    """The features that stand for each letter, by k-sparse probing of the codes.
+
+    Candidates are ranked by their correlation with the letter; as long as one more raises the F1
+    of a probe on the leading ones, the letter's feature is taken to be split among them.
+    """
+    labels = _one_hot(train.letter, letters)
+    ranked = _most_correlated(train, sae, labels, options.max_main)
+    kept, column = ranked.unique(return_inverse=True)
+    z = torch.cat([codes[:, kept] for _, codes in _chunks(train, sae)])
+    main = []
+    for index in range(len(letters)):
+        candidates, label = column[index], labels[:, index : index + 1]
+        best, count = _sparse_f1(z[:, candidates[:1]], label), 1
+        while count < candidates.numel():
+            f1 = _sparse_f1(z[:, candidates[: count + 1]], label)
+            if f1 < best + options.split_gain:
+                break
+            best, count = f1, count + 1
+        main.append(ranked[index, :count])
+    return main
+
+
+def _most_correlated(
+    train: WordActivations, sae: SparseCoder, labels: Tensor, count: int
+) -> Tensor:
+    """Features most correlated with each letter, best first: int64 ``[letters, count]``."""
+    n, d_sae = labels.shape[0], sae.W_dec.shape[0]
+    sums = train.x.new_zeros(labels.shape[1], d_sae)
+    total, squares = train.x.new_zeros(2, d_sae)
+    for rows, z in _chunks(train, sae):
+        sums += labels[rows].float().T @ z
+        total += z.sum(dim=0)
+        squares += z.square().sum(dim=0)
+    share = labels.float().mean(dim=0)[:, None]
+    spread = (squares / n - (total / n).square()).clamp(min=0).sqrt()
+    covariance = sums / n - share * (total / n)
+    correlation = torch.where(spread > 0, covariance / spread, -torch.inf)
+    return correlation.topk(min(count, d_sae), dim=1).indices
+
+
+def _sparse_f1(z: Tensor, label: Tensor) -> float:
+    """F1 on the training rows of a logistic probe on a few features ``z [n, k]``."""
+    predicted = _fit_probes(z, label, max_iterations=30).logits(z) > 0
+    hits = float((predicted & label).sum())
+    return 2 * hits / max(1.0, float(predicted.sum() + label.sum()))
+
+
+def _count_absorbed(
+    test: WordActivations,
+    sae: SparseCoder,
+    probes: _Probes,
+    main: list[Tensor],
+    letters: list[int],
+    options: AbsorptionOptions,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed and all test cases by letter, int64 ``[letters]`` each.
+
+    A case is a row that its own letter's probe recognises. Projections are taken from the
+    decoder's bias, the point that active features add to.
+    """
+    labels = _one_hot(test.letter, letters)
+    origin = sae.decode(test.x.new_zeros(1, sae.W_dec.shape[0])).float()
+    projection = (test.x - origin) @ probes.direction
+    is_case = labels & (probes.logits(test.x) > 0) & (projection > 0)
+    on_probe = sae.W_dec.float() @ probes.direction  # [d_sae, letters]
+    norms = sae.W_dec.float().norm(dim=1)[:, None] * probes.direction.norm(dim=0)
+    on_probe = torch.where(on_probe > options.min_cosine * norms, on_probe, 0.0)
+    absorbed = is_case.new_zeros(is_case.shape)
+    for rows, z in _chunks(test, sae):
+        for index, features in enumerate(main):
+            at = is_case[rows, index].nonzero().flatten()
+            silent = (z[at][:, features] == 0).all(dim=1)
+            strongest = (z[at] * on_probe[:, index]).argmax(dim=1, keepdim=True)
+            # Only decode knows the unit of the codes, so it says what that feature adds.
+            alone = torch.zeros_like(z[at]).scatter(1, strongest, z[at].gather(1, strongest))
+            carried = (sae.decode(alone).float() - origin) @ probes.direction[:, index]
+            aligned = on_probe[strongest[:, 0], index] > 0
+            enough = carried >= options.min_share * projection[rows, index][at]
+            absorbed[rows, index][at] = silent & aligned & enough
+    return absorbed.sum(dim=0), is_case.sum(dim=0)

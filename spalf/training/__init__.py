@@ -1,0 +1,1 @@
+"""One training loop for both phases; a phase is data."""

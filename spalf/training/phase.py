@@ -1,0 +1,202 @@
+"""A phase as data: where batches come from, what is observed of them, which gains hold (M15, M16).
+
+Phase 1 sees shuffled activations and needs the language model only up to the site. Phase 2 sees
+sequences, puts the reconstruction back, and adds the divergence of the predictions to the error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spalf.activations import ActivationStore, buffer_position, patched_losses
+from spalf.config import RunConfig, Schedule, schedule
+from spalf.constraints import blended_error
+from spalf.controller import ControllerGains
+from spalf.sae import SAEOutput, StratifiedSAE
+from spalf.training.state import TrainState
+
+
+class Observation(NamedTuple):
+    """What the loop needs to know of one forward pass; scalars unless said otherwise.
+
+    Attributes:
+        output: the SAE's forward pass.
+        error: what the faithfulness constraint bounds, with gradient.
+        mse: E‖x − x̂‖²/scale², detached.
+        kl: nats per token, detached; ``None`` in Phase 1.
+    """
+
+    output: SAEOutput
+    error: Tensor
+    mse: Tensor
+    kl: Tensor | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Everything in which the two phases differ.
+
+    Attributes:
+        number: 1 or 2.
+        batches: ``batches(k)`` yields the batches from the k-th of the phase on.
+        observe: forward pass over one batch.
+        gains: controller gains that hold throughout.
+        first_step: step of the run at which the phase starts.
+        last_step: step at which it ends at the latest.
+        may_converge: whether it may end before that (M15).
+    """
+
+    number: int
+    batches: Callable[[int], Iterator[Tensor]]
+    observe: Callable[[TrainState, Tensor], Observation]
+    gains: ControllerGains
+    first_step: int
+    last_step: int
+    may_converge: bool
+
+
+def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> Phase:
+    """Reconstruction on shuffled activations (M15)."""
+    plan = schedule(config)
+
+    def observe(state: TrainState, x: Tensor) -> Observation:
+        output = state.sae(x)
+        error, mse = _reconstruction_errors(state.sae, output, config.method.metric)
+        return Observation(output, error, mse, None)
+
+    return Phase(
+        number=1,
+        batches=lambda start: store.batches(config.batch_size, plan.block_tokens, start),
+        observe=observe,
+        gains=phase_one_gains(config, plan, sae),
+        first_step=0,
+        last_step=plan.phase1_steps,
+        may_converge=True,
+    )
+
+
+def phase_two(
+    config: RunConfig, store: ActivationStore, sae: StratifiedSAE, phase1_end: int
+) -> Phase:
+    """End-to-end training on sequences that Phase 1 has not seen (M16)."""
+    plan = schedule(config)
+    gains = phase_one_gains(config, plan, sae)
+    k_s = plan.k_s_phase2 if config.method.setpoint else 0.0
+
+    def observe(state: TrainState, tokens: Tensor) -> Observation:
+        return observe_end_to_end(state, tokens, store, config.method.metric)
+
+    return Phase(
+        number=2,
+        batches=lambda start: sequence_batches(config, store, phase1_end, start),
+        observe=observe,
+        gains=replace(gains, c_eta=None, k_s=k_s),
+        first_step=phase1_end,
+        last_step=phase1_end + plan.phase2_steps,
+        may_converge=False,
+    )
+
+
+def phase_one_gains(config: RunConfig, plan: Schedule, sae: StratifiedSAE) -> ControllerGains:
+    """The controller constants of Phase 1 for this run (M11–M14)."""
+    floor = (1 - config.R2_target) * metric_variance(sae, config.method.metric)
+    return ControllerGains(
+        law=config.method.controller,
+        omega_c=plan.omega_c,
+        omega_o=plan.omega_o,
+        v_max=plan.v_max,
+        beta_fast=1 - 10 * plan.omega_c,
+        beta_slow=1 - plan.omega_c,
+        c_eta=config.constants.c_eta if config.method.capu else None,
+        k_s=plan.k_s if config.method.setpoint else 0.0,
+        k_p=plan.k_p,
+        log_tau_floor=math.log(floor),
+    )
+
+
+def metric_variance(sae: StratifiedSAE, metric: str) -> float:
+    """E‖x − μ‖²_M in the units of the training error.
+
+    It is d for the Euclidean metric, since scale² = tr Σ/d, and Σ_i λ_i/(λ_i + α) for the
+    Mahalanobis one.
+    """
+    if metric == "euclidean":
+        return float(sae.d_model)
+    whitener = sae.whitener
+    kept = float((whitener.eigenvalues / (whitener.eigenvalues + whitener.alpha)).sum())
+    rest = float(whitener.complement / (whitener.complement + whitener.alpha))
+    missing = sae.d_model - len(whitener.eigenvalues)
+    return kept + missing * rest if missing else kept
+
+
+def sequence_batches(
+    config: RunConfig, store: ActivationStore, phase1_end: int, start: int
+) -> Iterator[Tensor]:
+    """Batches of sequences ``[batch_size / seq_len, seq_len]``, after Phase 1's last block."""
+    plan = schedule(config)
+    chunk, _ = buffer_position(max(0, phase1_end - 1), config.batch_size, plan.block_tokens)
+    first = (chunk + 1) * (plan.block_tokens // config.seq_len)
+    per_batch = config.batch_size // config.seq_len
+    while True:
+        yield store.sequences(first + start * per_batch, per_batch)
+        start += 1
+
+
+def observe_end_to_end(
+    state: TrainState, tokens: Tensor, store: ActivationStore, metric: str
+) -> Observation:
+    """One end-to-end forward pass: reconstruction, patched model, divergence (M16)."""
+    seen: list[SAEOutput] = []
+
+    def patch(x: Tensor) -> Tensor:
+        seen.append(state.sae(x.flatten(0, 1)))
+        return seen[-1].x_hat.view_as(x)
+
+    kl = patched_losses(store.model, tokens, patch).kl.mean()
+    error, mse = _reconstruction_errors(state.sae, seen[0], metric)
+    blended = blended_error(error, kl, state.exchange_rate)
+    return Observation(seen[0], blended, mse, kl.detach())
+
+
+@torch.no_grad()
+def enter_phase_two(
+    state: TrainState, config: RunConfig, store: ActivationStore, batches: int = 16
+) -> None:
+    """Measure the exchange rate that makes the entry bumpless, and switch the phase (M16).
+
+    The divergence is averaged over the first batches that Phase 2 will train on. The
+    multipliers, the setpoint, the filters and the optimiser carry over untouched.
+
+    Args:
+        state: at the end of Phase 1; changed in place.
+        config: the run.
+        store: sequences and the language model.
+        batches: sequence batches averaged over.
+    """
+    state.exchange_rate = torch.ones_like(state.exchange_rate)
+    stream = sequence_batches(config, store, state.step, 0)
+    pairs = []
+    for _ in range(batches):
+        observed = observe_end_to_end(state, next(stream), store, config.method.metric)
+        assert observed.kl is not None
+        pairs.append(torch.stack([2 * observed.error - observed.kl, observed.kl]))
+    error, kl = torch.stack(pairs).double().mean(dim=0)
+    state.exchange_rate = error / kl.clamp_min(1e-12)
+    state.phase, state.phase1_end = 2, state.step
+    state.derived["kl_scale"] = float(kl)
+
+
+def _reconstruction_errors(
+    sae: StratifiedSAE, output: SAEOutput, metric: str
+) -> tuple[Tensor, Tensor]:
+    """The error in the constraint's metric (with gradient) and the plain one (detached)."""
+    mse = output.residual.square().sum(dim=1).mean()
+    if metric == "euclidean":
+        return mse, mse.detach()
+    return sae.whitener.mahalanobis(output.residual * sae.scale).mean(), mse.detach()

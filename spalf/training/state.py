@@ -1,0 +1,146 @@
+"""Everything that changes while training, and its way into and out of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spalf.checkpoint import Checkpoint
+from spalf.config import RunConfig
+from spalf.controller import ControllerState
+from spalf.controller.controller import from_tensors, to_tensors
+from spalf.errors import UserError
+from spalf.sae import StratifiedSAE
+from spalf.whitening import SoftZCA
+
+PARAMETERS = ("W_enc", "b_enc", "log_threshold", "W_dec", "b_dec")
+
+
+@dataclass
+class TrainState:
+    """A training run between two steps.
+
+    Attributes:
+        sae: the weights.
+        optimizer: Adam over them.
+        controller: multipliers, filters, penalties, setpoint.
+        step: optimiser steps done, both phases counted.
+        phase: 1 or 2.
+        phase1_end: step at which Phase 1 ended; −1 while it lasts.
+        cooldown_start: step at which Phase 1's cooldown begins; moves forward on convergence.
+        ended_by: ``converged`` or ``budget``, once Phase 1's end is settled.
+        stale: steps since each feature last fired, int64 ``[d_sae]``.
+        exchange_rate: E‖x − x̂‖²/KL at the entry to Phase 2, float64 scalar; NaN before.
+        history: (step, log τ, log L0/L0_ref) at the convergence checks (M15).
+        derived: measured derived parameters, by name.
+    """
+
+    sae: StratifiedSAE
+    optimizer: torch.optim.Adam
+    controller: ControllerState
+    step: int
+    phase: int
+    phase1_end: int
+    cooldown_start: int
+    ended_by: str
+    stale: Tensor
+    exchange_rate: Tensor
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+    derived: dict[str, float | int] = field(default_factory=dict)
+
+
+def make_optimizer(sae: StratifiedSAE, lr: float) -> torch.optim.Adam:
+    """Adam with β = (.9, .999) over the SAE's parameters; fused where the device has it."""
+    fused = sae.W_dec.device.type == "cuda"
+    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999), fused=fused)
+
+
+def sae_tensors(sae: StratifiedSAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The contents of ``model.safetensors`` and ``tensors.safetensors``."""
+    weights = {name: getattr(sae, name) for name in PARAMETERS}
+    scale = torch.tensor(sae.scale, dtype=torch.float64)
+    constants = {f"whitener.{name}": value for name, value in sae.whitener.tensors().items()}
+    constants |= {"anchors": sae.anchors, "bandwidth": sae.bandwidth, "scale": scale}
+    return weights, constants
+
+
+def load_sae(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> StratifiedSAE:
+    """Rebuild the SAE of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint's dictionary size is not the configuration's.
+    """
+    weights, constants = checkpoint.tensors["model"], checkpoint.tensors["tensors"]
+    if weights["W_enc"].shape[0] != config.F:
+        raise UserError("F", config.F, f"the checkpoint has F = {weights['W_enc'].shape[0]}")
+    prefix = "whitener."
+    whitener = SoftZCA.from_tensors(
+        {k.removeprefix(prefix): v for k, v in constants.items() if k.startswith(prefix)}
+    ).to(device)
+    sae = StratifiedSAE(
+        whitener,
+        config.F,
+        constants["anchors"].to(device),
+        float(constants["scale"]),
+        config.method.surrogate,
+        config.runtime.kernel,
+    )
+    with torch.no_grad():
+        for name in PARAMETERS:
+            getattr(sae, name).copy_(weights[name])
+        sae.bandwidth.copy_(constants["bandwidth"])
+    return sae
+
+
+def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> Checkpoint:
+    """The whole state as the five files; ``metadata`` is merged into ``metadata.json``."""
+    weights, constants = sae_tensors(state.sae)
+    optimizer = {
+        f"{PARAMETERS[index]}.{name}": value
+        for index, slots in state.optimizer.state_dict()["state"].items()
+        for name, value in slots.items()
+    }
+    control = to_tensors(state.controller)
+    control |= {"stale": state.stale, "exchange_rate": state.exchange_rate}
+    scalars = {
+        "step": state.step,
+        "phase": state.phase,
+        "phase1_end": state.phase1_end,
+        "cooldown_start": state.cooldown_start,
+        "ended_by": state.ended_by,
+        "history": state.history,
+        "derived": state.derived,
+    }
+    files = {"model": weights, "tensors": constants, "control": control, "optimizer": optimizer}
+    return Checkpoint(files, {**metadata, "state": scalars})
+
+
+def from_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> TrainState:
+    """Inverse of `to_checkpoint` (I10)."""
+    sae = load_sae(checkpoint, config, device)
+    optimizer = make_optimizer(sae, config.lr)
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in checkpoint.tensors["optimizer"].items():
+        parameter, name = key.split(".")
+        slots.setdefault(PARAMETERS.index(parameter), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    control = {name: value.to(device) for name, value in checkpoint.tensors["control"].items()}
+    scalars = checkpoint.metadata["state"]
+    return TrainState(
+        sae=sae,
+        optimizer=optimizer,
+        stale=control.pop("stale"),
+        exchange_rate=control.pop("exchange_rate"),
+        controller=from_tensors(control),
+        step=scalars["step"],
+        phase=scalars["phase"],
+        phase1_end=scalars["phase1_end"],
+        cooldown_start=scalars["cooldown_start"],
+        ended_by=scalars["ended_by"],
+        history=[(int(step), tau, l0) for step, tau, l0 in scalars["history"]],
+        derived=scalars["derived"],
+    )
