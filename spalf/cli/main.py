@@ -1,0 +1,185 @@
+"""The ``spalf`` command: one subcommand for each step of the workflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from spalf.cli.errors import run_cli
+from spalf.cli.options import (
+    UNUSED_BY_CALIBRATION,
+    configuration,
+    directory,
+    existing_file,
+    read_config,
+)
+from spalf.errors import UserError
+
+EXAMPLES = {
+    "calibrate": "spalf calibrate --config config/experiments/demo-2l.yaml --out run/calibration",
+    "init": "spalf init --config run.yaml --calibration run/calibration --out run/init",
+    "phase1": (
+        "spalf phase1 --config run.yaml --calibration run/calibration --init run/init "
+        "--out run/phase1"
+    ),
+    "phase2": (
+        "spalf phase2 --config run.yaml --calibration run/calibration --phase1 run/phase1 "
+        "--out run/phase2"
+    ),
+    "evaluate": (
+        "spalf evaluate --config run.yaml --calibration run/calibration --phase1 run/phase1 "
+        "--phase2 run/phase2 --out run/evaluation.json"
+    ),
+    "aggregate": "spalf aggregate --out results/tables results/*/L0_*/seed_*/evaluation.json",
+    "tables": "spalf tables --out results/tables results/tables/frontier.csv",
+    "figures": "spalf figures --out results/figures --frontier results/tables/frontier.csv",
+    "describe": "spalf describe config/experiments/demo-2l.yaml",
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="spalf")
+def spalf() -> None:
+    """Sparse autoencoders trained by constrained optimisation, step by step."""
+
+
+def step(name: str) -> Any:
+    """Register a command whose help ends with its example."""
+    return spalf.command(name, epilog=f"Example: {EXAMPLES[name]}")
+
+
+def _start(options: dict[str, Any], defaults: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """Configuration and context of a step; the configuration is checked before torch loads."""
+    debug = options.pop("debug")
+    config = read_config(defaults=defaults, **options)
+    from spalf.cli.runtime import configure_logging, set_up
+
+    configure_logging(debug)
+    return config, set_up(config.runtime, config.seed)
+
+
+@step("calibrate")
+@configuration
+@click.option("--out", type=directory, required=True, help="Directory to write.")
+def calibrate(out: Path, **options: Any) -> None:
+    """Tokenise the dataset; estimate mean, covariance and whitener; pick the anchors."""
+    config, context = _start(options, UNUSED_BY_CALIBRATION)
+    from spalf.steps import calibrate as run
+
+    run(config, out, context)
+
+
+@step("init")
+@configuration
+@click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option("--out", type=directory, required=True, help="Directory to write.")
+def init(calibration: Path, out: Path, **options: Any) -> None:
+    """Build one SAE: anchors, matched-filter encoder, thresholds, scale."""
+    config, context = _start(options)
+    from spalf.steps import initialise_step
+
+    initialise_step(config, calibration, out, context)
+
+
+@step("phase1")
+@configuration
+@click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option("--init", "initial", type=directory, required=True, help="Output of init.")
+@click.option("--out", type=directory, required=True, help="Directory to write.")
+def phase1(calibration: Path, initial: Path, out: Path, **options: Any) -> None:
+    """Train on activations until the constraints hold. Resumes where it was interrupted."""
+    config, context = _start(options)
+    from spalf.steps import phase1 as run
+
+    run(config, calibration, initial, out, context)
+
+
+@step("phase2")
+@configuration
+@click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option("--phase1", "previous", type=directory, required=True, help="Output of phase1.")
+@click.option("--out", type=directory, required=True, help="Directory to write.")
+def phase2(calibration: Path, previous: Path, out: Path, **options: Any) -> None:
+    """Train end to end through the language model. Resumes where it was interrupted."""
+    config, context = _start(options)
+    from spalf.steps import phase2 as run
+
+    run(config, calibration, previous, out, context)
+
+
+@step("evaluate")
+@configuration
+@click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option("--phase1", "first", type=directory, required=True, help="Output of phase1.")
+@click.option("--phase2", "second", type=directory, required=True, help="Output of phase2.")
+@click.option("--model", help="Short name of the model in tables; default: model_name.")
+@click.option("--out", type=existing_file, required=True, help="JSON file to write.")
+def evaluate(
+    calibration: Path, first: Path, second: Path, model: str | None, out: Path, **options: Any
+) -> None:
+    """Measure both phases' SAEs on held-out tokens."""
+    config, context = _start(options)
+    from spalf.steps import evaluate as run
+
+    run(config, calibration, {"phase1": first, "phase2": second}, out, context, model)
+
+
+@step("aggregate")
+@click.option("--out", type=directory, required=True, help="Directory of the tables.")
+@click.argument("evaluations", nargs=-1, required=True, type=existing_file)
+def aggregate(out: Path, evaluations: tuple[Path, ...]) -> None:
+    """Collect evaluation.json files into frontier.csv and phases.csv."""
+    from spalf.report import aggregate as run
+
+    run(evaluations, out)
+
+
+@step("tables")
+@click.option("--out", type=directory, required=True, help="Directory of the tables.")
+@click.argument("tables", nargs=-1, required=True, type=existing_file)
+def tables(out: Path, tables: tuple[Path, ...]) -> None:
+    """Write each CSV as Markdown and LaTeX."""
+    from spalf.report import write_tables
+
+    write_tables(tables, out)
+
+
+@step("figures")
+@click.option("--out", type=directory, required=True, help="Directory of the figures.")
+@click.option("--frontier", type=existing_file, required=True, help="frontier.csv")
+@click.option("--control", multiple=True, help="MODEL=metrics.jsonl, once per cell and phase.")
+def figures(out: Path, frontier: Path, control: tuple[str, ...]) -> None:
+    """Draw the frontier, and the course of training of each model's cells."""
+    from spalf.report import control_figure, pareto_figures
+
+    by_model: dict[str, list[Path]] = {}
+    for pair in control:
+        model, separator, path = pair.partition("=")
+        if not separator:
+            raise UserError("--control", pair, "must be MODEL=FILE")
+        by_model.setdefault(model, []).append(Path(path))
+    pareto_figures(frontier, out)
+    for model, metrics in by_model.items():
+        control_figure(model, metrics, out)
+
+
+@step("describe")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--cell", help="Cell of a sweep, as MODEL/L0_<target>/seed_<seed>.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def describe(source: Path, cell: str | None, debug: bool) -> None:
+    """List every derived parameter with its formula, value and source.
+
+    SOURCE is the YAML file of a run or a sweep, or the directory of an init, phase1 or phase2
+    step, where the values that come from data are known.
+    """
+    from spalf.cli.describe import description
+
+    click.echo(description(source, cell))
+
+
+def main() -> None:
+    """Entry point of ``spalf``."""
+    run_cli(spalf)

@@ -1,0 +1,71 @@
+"""Options that several commands share, and how they become a configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from spalf.config import RunConfig, parse
+from spalf.config.io import read_mapping
+from spalf.errors import UserError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+UNUSED_BY_CALIBRATION = {"F": 2**20, "L0_target": 1.0}
+"""Required fields that calibration does not read; one calibration serves every cell."""
+
+directory = click.Path(file_okay=False, path_type=Path)
+existing_file = click.Path(dir_okay=False, path_type=Path)
+
+
+def configuration(command: Command) -> Command:
+    """``--config FILE`` or ``--settings JSON``, ``--runtime JSON``, ``--device``, ``--debug``."""
+    options = [
+        click.option("--config", "config_file", type=existing_file, help="YAML file of one run."),
+        click.option("--settings", help="The same as one JSON object instead of a file."),
+        click.option("--runtime", default="{}", help="JSON overriding the runtime section."),
+        click.option("--device", help="auto, cpu, cuda or cuda:N; overrides runtime.device."),
+        click.option("--debug", is_flag=True, help="Show tracebacks and debug messages."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_config(
+    config_file: Path | None,
+    settings: str | None,
+    runtime: str,
+    device: str | None,
+    defaults: dict[str, Any] | None = None,
+) -> RunConfig:
+    """The run's configuration from the options of `configuration`.
+
+    Raises:
+        UserError: neither or both sources were given, or the content is invalid.
+    """
+    if (config_file is None) == (settings is None):
+        raise UserError("--config", None, "give either --config FILE or --settings JSON")
+    if config_file is not None:
+        where, data = str(config_file), read_mapping(config_file)
+    else:
+        where, data = "--settings", _json_object("--settings", settings or "")
+    overrides = _json_object("--runtime", runtime) | ({"device": device} if device else {})
+    runtime_section = data.get("runtime") or {}
+    if overrides and isinstance(runtime_section, dict):
+        data = {**data, "runtime": {**runtime_section, **overrides}}
+    return parse(RunConfig, {**(defaults or {}), **data}, where)
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(option, text[:80], f"is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(option, text[:80], "must be a JSON object")
+    return value

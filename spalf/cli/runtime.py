@@ -1,0 +1,105 @@
+"""Process set-up: device, threads, TF32, seeds, signals, logging. Nothing else picks these."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from spalf.cli.progress import open_progress
+from spalf.config import RuntimeConfig
+from spalf.errors import UserError
+from spalf.steps import StepContext
+
+logger = logging.getLogger(__name__)
+
+
+def set_up(runtime: RuntimeConfig, seed: int) -> StepContext:
+    """Configure the process and return the context steps run in.
+
+    Args:
+        runtime: device, threads, TF32.
+        seed: of torch's global generator; every stream the method draws from has its own.
+
+    Raises:
+        UserError: a GPU was asked for that is not there.
+    """
+    device = pick_device(runtime.device)
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    elif "OMP_NUM_THREADS" not in os.environ and "SNAKEMAKE_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["SNAKEMAKE_THREADS"]))
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = runtime.tf32
+    torch.backends.cudnn.allow_tf32 = runtime.tf32
+    return StepContext(device, stop_on_signals(), open_progress, commit())
+
+
+def pick_device(wanted: str) -> torch.device:
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+        UserError: ``wanted`` names a GPU that torch does not see.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if available else 0
+        if (device.index or 0) >= count:
+            remedy = f"torch sees {count} GPUs here; use --device cpu or auto"
+            raise UserError("device", wanted, remedy)
+    return device
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """Turn SIGTERM and SIGINT into a request to stop after the current step.
+
+    A second signal ends the process at once.
+    """
+    stopped = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:
+            sys.exit(128 + number)
+        stopped = True
+        logger.warning("%s: stopping after this step", signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return lambda: stopped
+
+
+def commit() -> str:
+    """Revision of the source tree the package runs from, or an empty string outside one."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()
+
+
+def configure_logging(debug: bool) -> None:
+    """Log to standard error: warnings of libraries, everything of ours."""
+    level = logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("spalf").setLevel(level)

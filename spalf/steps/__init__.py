@@ -1,0 +1,17 @@
+"""The steps of the workflow as functions: files in, files out."""
+
+from spalf.steps.calibrate import calibrate
+from spalf.steps.context import Progress, StepContext
+from spalf.steps.evaluate import evaluate
+from spalf.steps.initialise import initialise_step
+from spalf.steps.train import phase1, phase2
+
+__all__ = [
+    "Progress",
+    "StepContext",
+    "calibrate",
+    "evaluate",
+    "initialise_step",
+    "phase1",
+    "phase2",
+]
