@@ -1,0 +1,143 @@
+"""The files that training and evaluation leave behind, as typed data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from spalf.errors import UserError
+
+_REDO = "; delete it and run the step that writes it again"
+
+
+class _Record(BaseModel):
+    """A mapping of which the named fields are read and the rest is left to other readers."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class CellRecord(_Record):
+    """Which autoencoder was evaluated."""
+
+    model: str
+    hook_point: str
+    model_name: str
+    method: str
+    L0_target: float
+    R2_target: float
+    F: int
+    seed: int
+
+
+class Metrics(_Record):
+    """One phase's result on held-out tokens; cross-entropies and KL in nats per token.
+
+    Attributes ending in ``_se`` are standard errors over sequences.
+    """
+
+    l0: float
+    l0_se: float | None = None
+    explained_variance: float
+    mse: float
+    ce_clean: float
+    ce_sae: float
+    ce_zero: float
+    delta_ce: float
+    delta_ce_se: float | None = None
+    ce_recovered: float
+    kl: float
+    kl_se: float | None = None
+    dead_fraction: float
+    dense_fraction: float | None = None
+    lambda_faith: float
+    tokens: int
+    train_tokens: int
+
+
+class Evaluation(_Record):
+    """One ``evaluation.json``."""
+
+    cell: CellRecord
+    phases: dict[str, Metrics]
+    final: str
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read one ``evaluation.json``.
+
+    Raises:
+        UserError: the file is missing, empty, not JSON, or lacks a field; the message names both.
+    """
+    try:
+        evaluation = Evaluation.model_validate_json(_text(path))
+    except ValidationError as error:
+        raise UserError(str(path), None, f"{_fault(error)}{_REDO}") from None
+    if evaluation.final not in evaluation.phases:
+        remedy = f"final phase {evaluation.final!r} is not among its phases{_REDO}"
+        raise UserError(str(path), None, remedy)
+    return evaluation
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """Read one ``metrics.jsonl``: a row per logged step, columns as logged.
+
+    Raises:
+        UserError: the file is missing, empty, or a line is not a JSON object with the columns
+            that the figures draw.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise UserError(f"{path}:{number}", None, f"is not JSON{_REDO}") from None
+        missing = [] if isinstance(row, dict) else ["a JSON object"]
+        missing = missing or [name for name in ("step", "tokens", "phase", "l0") if name not in row]
+        if missing:
+            raise UserError(f"{path}:{number}", None, f"lacks {', '.join(missing)}{_REDO}")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def read_frontier(path: Path) -> pd.DataFrame:
+    """Read a table that `spalf.report.aggregate` wrote.
+
+    Raises:
+        UserError: the file is missing, empty or not such a table.
+    """
+    _text(path)
+    try:
+        table = pd.read_csv(path, dtype={"model": str, "hook_point": str, "method": str})
+    except (pd.errors.ParserError, UnicodeDecodeError, ValueError):
+        raise UserError(str(path), None, f"is not a table in CSV{_REDO}") from None
+    missing = [name for name in ("model", "method", "L0_target", "seed") if name not in table]
+    if missing:
+        raise UserError(str(path), None, f"lacks the columns {', '.join(missing)}{_REDO}")
+    if table.empty:
+        raise UserError(str(path), None, f"has no rows{_REDO}")
+    return table
+
+
+def _text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(str(path), None, "no such file; run the step that writes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(path), None, f"cannot be read ({error}){_REDO}") from None
+    if not text.strip():
+        raise UserError(str(path), None, f"is empty{_REDO}")
+    return text
+
+
+def _fault(error: ValidationError) -> str:
+    """The first fault of a validation error as a phrase."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "json_invalid":
+        return "is not valid JSON"
+    return f"lacks {key}" if fault["type"] == "missing" else f"has {key}: {fault['msg'].lower()}"

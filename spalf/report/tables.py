@@ -1,0 +1,103 @@
+"""The CSV tables again as Markdown and as LaTeX (booktabs), rounded for a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spalf.report.records import read_frontier
+
+
+@dataclass(frozen=True)
+class _Column:
+    """How one column is shown: its header in both formats and its number format."""
+
+    markdown: str
+    latex: str
+    number: str = ""
+
+
+COLUMNS = {
+    "model": _Column("model", "model"),
+    "hook_point": _Column("site", "site"),
+    "method": _Column("method", "method"),
+    "phase": _Column("phase", "phase"),
+    "L0_target": _Column("L0 target", "$L_0$ target", "{:g}"),
+    "seed": _Column("seed", "seed", "{:d}"),
+    "l0": _Column("L0", "$L_0$", "{:.2f}"),
+    "explained_variance": _Column("explained variance", "EV", "{:.4f}"),
+    "ce_clean": _Column("CE clean", r"CE\textsubscript{clean}", "{:.4f}"),
+    "ce_sae": _Column("CE SAE", r"CE\textsubscript{SAE}", "{:.4f}"),
+    "delta_ce": _Column("ΔCE", r"$\Delta$CE", "{:.4f}"),
+    "ce_recovered": _Column("CE recovered", "CE rec.", "{:.4f}"),
+    "kl": _Column("KL", "KL", "{:.4f}"),
+    "dead_fraction": _Column("dead", "dead", "{:.3f}"),
+    "lambda_faith": _Column("λ faith", r"$\lambda_\text{faith}$", "{:.2f}"),
+    "tokens": _Column("tokens", "tokens", "{:d}"),
+}
+"""The columns that are shown, in this order, where the table has them."""
+
+
+def write_tables(tables: Iterable[Path], out_dir: Path) -> list[Path]:
+    """Write ``<name>.md`` and ``<name>.tex`` into ``out_dir`` for each CSV table.
+
+    The LaTeX needs the packages booktabs and amsmath.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        UserError: a table is missing or damaged.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path in tables:
+        table = read_frontier(path)
+        shown = table[[name for name in COLUMNS if name in table]]
+        for suffix, text in ((".md", _markdown(shown)), (".tex", _latex(shown))):
+            target = out_dir / f"{path.stem}{suffix}"
+            target.write_text(text, encoding="utf-8")
+            written.append(target)
+    return written
+
+
+def _formatted(table: pd.DataFrame) -> pd.DataFrame:
+    """Every value as text, a missing one as a dash."""
+    return pd.DataFrame(
+        {name: [_value(column, value) for value in table[name]] for name, column in _of(table)},
+        dtype=str,
+    )
+
+
+def _of(table: pd.DataFrame) -> list[tuple[str, _Column]]:
+    return [(str(name), COLUMNS[str(name)]) for name in table.columns]
+
+
+def _value(column: _Column, value: Any) -> str:
+    if pd.isna(value):
+        return "–"
+    return column.number.format(value) if column.number else str(value)
+
+
+def _align(table: pd.DataFrame) -> list[str]:
+    return ["right" if column.number else "left" for _, column in _of(table)]
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    return (
+        _formatted(table)
+        .rename(columns={name: column.markdown for name, column in _of(table)})
+        .to_markdown(index=False, disable_numparse=True, colalign=_align(table))
+        + "\n"
+    )
+
+
+def _latex(table: pd.DataFrame) -> str:
+    styler = _formatted(table).style.format(escape="latex").hide(axis="index")
+    styler = styler.format_index(lambda name: COLUMNS[str(name)].latex, axis="columns")
+    columns = "".join(side[0] for side in _align(table))
+    return styler.to_latex(hrules=True, column_format=columns)

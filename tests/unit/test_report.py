@@ -1,0 +1,209 @@
+"""Tables and figures from evaluation files with known numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from spalf.errors import UserError
+from spalf.report import aggregate, control_figure, pareto_figures, write_tables
+from spalf.report.aggregate import FRONTIER_COLUMNS
+from spalf.report.figures import _phase2_span
+from spalf.report.records import read_metrics
+from tests.workflow import synthetic
+
+ISSUE_COLUMNS = [
+    "model",
+    "hook_point",
+    "method",
+    "L0_target",
+    "seed",
+    "l0",
+    "explained_variance",
+    "ce_clean",
+    "ce_sae",
+    "delta_ce",
+    "ce_recovered",
+    "kl",
+    "dead_fraction",
+    "lambda_faith",
+    "tokens",
+]
+
+
+@pytest.fixture
+def evaluations(tmp_path: Path) -> list[Path]:
+    """Two models, three sparsities, two seeds, in an order that is not the table's."""
+    return [
+        synthetic.write_evaluation(tmp_path / f"{model}-{target}-{seed}.json", model, target, seed)
+        for model in ("wide", "narrow")
+        for target in (32, 8, 16)
+        for seed in (1, 0)
+    ]
+
+
+def test_frontier_has_one_row_per_cell_and_the_final_phase_only(
+    evaluations: list[Path], tmp_path: Path
+) -> None:
+    frontier, phases = (pd.read_csv(path) for path in aggregate(evaluations, tmp_path / "out"))
+    assert len(frontier) == 12
+    assert len(phases) == 24
+    assert list(frontier.columns) == list(FRONTIER_COLUMNS)
+    assert set(ISSUE_COLUMNS) <= set(frontier.columns)
+    row = frontier[(frontier.model == "wide") & (frontier.L0_target == 16)].iloc[0]
+    expected = synthetic.metrics(16, phase2=True)
+    for name in ("l0", "delta_ce", "kl", "ce_recovered"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-5)
+    assert row["l0_error"] == pytest.approx(0.01)
+    assert set(phases.phase) == {"phase1", "phase2"}
+
+
+def test_order_of_the_files_does_not_matter(evaluations: list[Path], tmp_path: Path) -> None:
+    one, _ = aggregate(evaluations, tmp_path / "one")
+    two, _ = aggregate(reversed(evaluations), tmp_path / "two")
+    assert one.read_bytes() == two.read_bytes()
+    assert pd.read_csv(one).model.tolist() == ["narrow"] * 6 + ["wide"] * 6
+
+
+def test_phase1_is_final_where_the_file_says_so(tmp_path: Path) -> None:
+    record = synthetic.evaluation("m", 8)
+    record["final"] = "phase1"
+    (tmp_path / "e.json").write_text(json.dumps(record))
+    frontier, _ = aggregate([tmp_path / "e.json"], tmp_path)
+    expected = synthetic.metrics(8)["delta_ce"]
+    assert pd.read_csv(frontier).delta_ce[0] == pytest.approx(expected, rel=1e-5)
+
+
+def _without(*keys: str) -> str:
+    record = synthetic.evaluation("m", 8)
+    inner = record
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("", "is empty"),
+        ('{"cell": {', "not valid JSON"),
+        (_without("phases", "phase2", "kl"), "lacks phases.phase2.kl"),
+        (_without("phases", "phase2"), "'phase2' is not among its phases"),
+        (_without("cell", "seed"), "lacks cell.seed"),
+    ],
+    ids=["missing", "empty", "cut short", "metric missing", "phase missing", "cell missing"],
+)
+def test_damaged_evaluation_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "evaluation.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        aggregate([path], tmp_path / "out")
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_cell_twice_is_refused(tmp_path: Path) -> None:
+    paths = [synthetic.write_evaluation(tmp_path / f"{i}.json", "m", 8) for i in range(2)]
+    with pytest.raises(UserError, match="same cell"):
+        aggregate(paths, tmp_path)
+
+
+def test_no_evaluation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one"):
+        aggregate([], tmp_path)
+
+
+def test_tables_hold_the_same_rows(evaluations: list[Path], tmp_path: Path) -> None:
+    written = write_tables(aggregate(evaluations, tmp_path), tmp_path)
+    names = {"frontier.md", "frontier.tex", "phases.md", "phases.tex"}
+    assert {path.name for path in written} == names
+    markdown = (tmp_path / "frontier.md").read_text(encoding="utf-8").splitlines()
+    assert len(markdown) == 2 + 12
+    cells = [cell.strip() for cell in markdown[2].strip("|").split("|")]
+    assert cells[:6] == ["narrow", "blocks.0.hook_resid_post", "spalf", "8", "0", "8.08"]
+    latex = (tmp_path / "phases.tex").read_text(encoding="utf-8")
+    assert latex.count(r"\\") == 1 + 24
+    assert r"\toprule" in latex
+    assert r"blocks.0.hook\_resid\_post" in latex
+    assert r"\begin{tabular}{llllrr" in latex
+
+
+def test_missing_standard_error_is_a_dash_not_nan(tmp_path: Path) -> None:
+    record = synthetic.evaluation("m", 8)
+    record["phases"]["phase2"] |= {"kl_se": None, "l0_se": None}
+    (tmp_path / "e.json").write_text(json.dumps(record))
+    write_tables(aggregate([tmp_path / "e.json"], tmp_path), tmp_path)
+    assert "nan" not in (tmp_path / "frontier.md").read_text(encoding="utf-8").lower()
+
+
+def test_figures_depend_on_the_data_alone(evaluations: list[Path], tmp_path: Path) -> None:
+    frontier, _ = aggregate(evaluations, tmp_path)
+    first = [path.read_bytes() for path in pareto_figures(frontier, tmp_path / "one")]
+    second = [path.read_bytes() for path in pareto_figures(frontier, tmp_path / "two")]
+    assert first == second
+    assert first[0].startswith(b"%PDF")
+    assert first[1].startswith(b"\x89PNG")
+    assert b"CreationDate" not in first[0]
+
+
+def test_pareto_survives_one_cell_and_a_negative_delta_ce(tmp_path: Path) -> None:
+    record = synthetic.evaluation("m", 8)
+    record["phases"]["phase2"]["delta_ce"] = -0.001
+    (tmp_path / "e.json").write_text(json.dumps(record))
+    frontier, _ = aggregate([tmp_path / "e.json"], tmp_path)
+    assert all(path.stat().st_size > 5000 for path in pareto_figures(frontier, tmp_path))
+
+
+def test_frontier_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "frontier.csv").write_text(",".join(FRONTIER_COLUMNS) + "\n")
+    with pytest.raises(UserError, match="no rows"):
+        pareto_figures(tmp_path / "frontier.csv", tmp_path)
+
+
+def _metrics(root: Path, targets: tuple[int, ...] = (8, 16)) -> list[Path]:
+    return [
+        synthetic.write_metrics(
+            root / f"L0_{target}" / "seed_0" / f"phase{phase}" / "metrics.jsonl", target, phase
+        )
+        for target in targets
+        for phase in (1, 2)
+    ]
+
+
+def test_control_figure_is_drawn_and_repeats(tmp_path: Path) -> None:
+    logs = _metrics(tmp_path)
+    path = control_figure("demo", logs, tmp_path / "one")
+    assert path.name == "control_demo.png"
+    assert path.read_bytes() == control_figure("demo", logs, tmp_path / "two").read_bytes()
+
+
+def test_phase2_span_starts_where_phase1_ended(tmp_path: Path) -> None:
+    logs = [read_metrics(path) for path in _metrics(tmp_path, (8,))]
+    assert _phase2_span([pd.concat(logs)]) == (1930 * 1024, 1990 * 1024)
+    assert _phase2_span(logs[:1]) == (None, 1930 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "is empty"), ('{"step": 1', "metrics.jsonl:1"), ('{"step": 1}\n', "lacks tokens")],
+    ids=["empty", "cut short", "columns missing"],
+)
+def test_damaged_metrics_are_named(tmp_path: Path, text: str, words: str) -> None:
+    path = _metrics(tmp_path)[0]
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        control_figure("demo", [path], tmp_path)
+
+
+def test_report_imports_no_torch() -> None:
+    probe = "import sys, spalf.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], timeout=60).returncode == 0
