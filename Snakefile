@@ -1,0 +1,34 @@
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+# A file given by --configfile replaces the default one, it is not merged into it: another grid
+# must not inherit the default grid's models.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/report.smk"
+
+
+localrules:
+    all,
+    aggregate,
+    tables,
+    figures,
+
+
+rule all:
+    default_target: True
+    input:
+        # Named although the tables need them, so that one that was deleted is made again.
+        rules.aggregate.input,
+        rules.tables.output,
+        rules.figures.output,
+
+
+onsuccess:
+    prune_checkpoints()

@@ -1,0 +1,52 @@
+"""Stands in for the ``spalf`` command: writes what each step declares, and notes the call.
+
+Reads ``STUB_CALLS`` (a file that gets one line a call) and ``STUB_FAIL`` (a step that fails).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+STATE = ("model.safetensors", "tensors.safetensors", "control.safetensors", "optimizer.safetensors")
+OUTPUTS = {
+    "calibrate": (
+        "tokens/train.npy",
+        "tokens/calibration.npy",
+        "tokens/evaluation.npy",
+        "tokens/tokens.json",
+        "calibration.safetensors",
+        "metadata.json",
+    ),
+    "init": ("model.safetensors", "tensors.safetensors", "metadata.json"),
+    "phase1": (*STATE, "metadata.json", "metrics.jsonl"),
+    "phase2": (*STATE, "metadata.json", "metrics.jsonl"),
+    "aggregate": ("frontier.csv", "phases.csv"),
+    "tables": ("frontier.md", "frontier.tex", "phases.md", "phases.tex"),
+}
+
+
+def main() -> int:
+    step, arguments = sys.argv[1], sys.argv[2:]
+    out = Path(arguments[arguments.index("--out") + 1])
+    with open(os.environ["STUB_CALLS"], "a", encoding="utf-8") as calls:
+        calls.write("\t".join([step, *arguments]) + "\n")
+    if step in ("calibrate", "init", "phase1", "phase2", "evaluate"):
+        checkpoint = out.with_name(f"{out.stem}.checkpoints") / "step_10"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+    if step == os.environ.get("STUB_FAIL"):
+        sys.stderr.write("the stub was told to fail\n")
+        return 1
+    names = OUTPUTS.get(step, ())
+    if step == "figures":
+        models = {argument.split("=")[0] for argument in arguments if "=" in argument}
+        names = ("pareto.pdf", "pareto.png", *(f"control_{model}.png" for model in models))
+    for path in [out / name for name in names] or [out]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(step, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+rule aggregate:
+    input:
+        of_cells(f"{CELL}/evaluation.json"),
+    output:
+        frontier="results/tables/frontier.csv",
+        phases="results/tables/phases.csv",
+    log:
+        "results/tables/logs/aggregate.log",
+    benchmark:
+        "results/tables/benchmarks/aggregate.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        revision=steps.REVISIONS["aggregate"],
+        out=subpath(output.frontier, parent=True),
+    message:
+        "Collecting every cell's evaluation"
+    shell:
+        "spalf aggregate --out {params.out:q} {input:q} > {log:q} 2>&1"
+
+
+rule tables:
+    input:
+        rules.aggregate.output,
+    output:
+        report(
+            expand("results/tables/{name}.md", name=("frontier", "phases")),
+            caption="../report/tables.rst",
+            category="Tables",
+        ),
+        "results/tables/phases.tex",
+        frontier="results/tables/frontier.tex",
+    log:
+        "results/tables/logs/tables.log",
+    benchmark:
+        "results/tables/benchmarks/tables.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        revision=steps.REVISIONS["tables"],
+        out=subpath(output.frontier, parent=True),
+    message:
+        "Writing the tables as Markdown and LaTeX"
+    shell:
+        "spalf tables --out {params.out:q} {input:q} > {log:q} 2>&1"
+
+
+rule figures:
+    input:
+        metrics=of_cells(f"{CELL}/phase1/metrics.jsonl")
+        + of_cells(f"{CELL}/phase2/metrics.jsonl"),
+        frontier=rules.aggregate.output.frontier,
+    output:
+        report(
+            "results/figures/pareto.png",
+            caption="../report/pareto.rst",
+            category="Frontier",
+        ),
+        report(
+            expand("results/figures/control_{model}.png", model=SWEEP.models),
+            caption="../report/control.rst",
+            category="Course of training",
+        ),
+        pdf="results/figures/pareto.pdf",
+    log:
+        "results/figures/logs/figures.log",
+    benchmark:
+        "results/figures/benchmarks/figures.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=10,
+    params:
+        revision=steps.REVISIONS["figures"],
+        control=control_arguments(),
+        out=subpath(output.pdf, parent=True),
+    message:
+        "Drawing the frontier and the course of training"
+    shell:
+        "spalf figures --out {params.out:q} --frontier {input.frontier:q} {params.control:q}"
+        " > {log:q} 2>&1"

@@ -1,0 +1,178 @@
+rule calibrate:
+    output:
+        tokens=expand(f"{CALIBRATION}/tokens/{{file}}", file=TOKENS, allow_missing=True),
+        tensors=f"{CALIBRATION}/calibration.safetensors",
+        metadata=f"{CALIBRATION}/metadata.json",
+    log:
+        f"{CALIBRATION}/logs/calibrate.log",
+    benchmark:
+        f"{CALIBRATION}/benchmarks/calibrate.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("calibrate"),
+        runtime=minutes("calibrate"),
+        gpu=gpus,
+        execution=execution,
+    params:
+        revision=steps.REVISIONS["calibrate"],
+        settings=settings("calibrate"),
+        out=subpath(output.metadata, parent=True),
+    message:
+        "Calibrating {wildcards.model}: token splits, mean and covariance, whitener, anchors"
+    shell:
+        "spalf calibrate --settings {params.settings:q} --runtime {resources.execution:q}"
+        " --out {params.out:q} > {log:q} 2>&1"
+
+
+rule init:
+    input:
+        rules.calibrate.output.tokens,
+        rules.calibrate.output.tensors,
+        calibration=rules.calibrate.output.metadata,
+    output:
+        parameters=expand(
+            f"{CELL}/init/{{name}}.safetensors", name=PARAMETERS, allow_missing=True
+        ),
+        metadata=f"{CELL}/init/metadata.json",
+    log:
+        f"{CELL}/logs/init.log",
+    benchmark:
+        f"{CELL}/benchmarks/init.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("init"),
+        runtime=minutes("init"),
+        gpu=gpus,
+        execution=execution,
+    params:
+        revision=steps.REVISIONS["init"],
+        settings=settings("init"),
+        calibration=subpath(input.calibration, parent=True),
+        out=subpath(output.metadata, parent=True),
+    message:
+        "Initialising {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
+    shell:
+        "spalf init --settings {params.settings:q} --runtime {resources.execution:q}"
+        " --calibration {params.calibration:q} --out {params.out:q} > {log:q} 2>&1"
+
+
+rule phase1:
+    input:
+        rules.calibrate.output.tokens,
+        rules.calibrate.output.tensors,
+        rules.init.output.parameters,
+        calibration=rules.calibrate.output.metadata,
+        init=rules.init.output.metadata,
+    output:
+        state=expand(
+            f"{CELL}/phase1/{{name}}.safetensors", name=STATE, allow_missing=True
+        ),
+        metadata=f"{CELL}/phase1/metadata.json",
+        metrics=f"{CELL}/phase1/metrics.jsonl",
+    log:
+        f"{CELL}/logs/phase1.log",
+    benchmark:
+        f"{CELL}/benchmarks/phase1.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("phase1"),
+        runtime=minutes("phase1"),
+        gpu=gpus,
+        execution=execution,
+    params:
+        revision=steps.REVISIONS["phase1"],
+        settings=settings("phase1"),
+        calibration=subpath(input.calibration, parent=True),
+        init=subpath(input.init, parent=True),
+        out=subpath(output.metadata, parent=True),
+    message:
+        "Phase 1 of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
+    shell:
+        "spalf phase1 --settings {params.settings:q} --runtime {resources.execution:q}"
+        " --calibration {params.calibration:q} --init {params.init:q}"
+        " --out {params.out:q} > {log:q} 2>&1"
+
+
+rule phase2:
+    input:
+        rules.calibrate.output.tokens,
+        rules.calibrate.output.tensors,
+        rules.phase1.output.state,
+        rules.phase1.output.metrics,
+        calibration=rules.calibrate.output.metadata,
+        phase1=rules.phase1.output.metadata,
+    output:
+        state=expand(
+            f"{CELL}/phase2/{{name}}.safetensors", name=STATE, allow_missing=True
+        ),
+        metadata=f"{CELL}/phase2/metadata.json",
+        metrics=f"{CELL}/phase2/metrics.jsonl",
+    log:
+        f"{CELL}/logs/phase2.log",
+    benchmark:
+        f"{CELL}/benchmarks/phase2.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("phase2"),
+        runtime=minutes("phase2"),
+        gpu=gpus,
+        execution=execution,
+    params:
+        revision=steps.REVISIONS["phase2"],
+        settings=settings("phase2"),
+        calibration=subpath(input.calibration, parent=True),
+        phase1=subpath(input.phase1, parent=True),
+        out=subpath(output.metadata, parent=True),
+    message:
+        "Phase 2 of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
+    shell:
+        "spalf phase2 --settings {params.settings:q} --runtime {resources.execution:q}"
+        " --calibration {params.calibration:q} --phase1 {params.phase1:q}"
+        " --out {params.out:q} > {log:q} 2>&1"
+
+
+rule evaluate:
+    input:
+        rules.calibrate.output.tokens,
+        rules.calibrate.output.tensors,
+        rules.phase1.output.state,
+        rules.phase1.output.metrics,
+        rules.phase2.output.state,
+        rules.phase2.output.metrics,
+        calibration=rules.calibrate.output.metadata,
+        phase1=rules.phase1.output.metadata,
+        phase2=rules.phase2.output.metadata,
+    output:
+        f"{CELL}/evaluation.json",
+    log:
+        f"{CELL}/logs/evaluate.log",
+    benchmark:
+        f"{CELL}/benchmarks/evaluate.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("evaluate"),
+        runtime=minutes("evaluate"),
+        gpu=gpus,
+        execution=execution,
+    params:
+        revision=steps.REVISIONS["evaluate"],
+        settings=settings("evaluate"),
+        calibration=subpath(input.calibration, parent=True),
+        phase1=subpath(input.phase1, parent=True),
+        phase2=subpath(input.phase2, parent=True),
+    message:
+        "Evaluating {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
+    shell:
+        "spalf evaluate --settings {params.settings:q} --runtime {resources.execution:q}"
+        " --model {wildcards.model:q} --calibration {params.calibration:q}"
+        " --phase1 {params.phase1:q} --phase2 {params.phase2:q} --out {output:q} > {log:q} 2>&1"
