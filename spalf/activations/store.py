@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,10 +22,18 @@ class ActivationStore:
         model: the language model, with its site.
         stream: token sequences of one split.
         seed: order of the sequences in each epoch, and of the activations in the buffer.
+        before_pass: called before every pass of the language model; may raise to stop a harvest.
     """
 
-    def __init__(self, model: LanguageModel, stream: SequenceStream, seed: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        stream: SequenceStream,
+        seed: int,
+        before_pass: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model, self.stream, self.seed = model, stream, seed
+        self.before_pass = before_pass
 
     def harvest(self, start: int, count: int) -> Tensor:
         """Activations of ``count`` sequences from index ``start``: ``[count·seq_len, d_model]``."""
@@ -38,6 +46,7 @@ class ActivationStore:
 
     def sequences(self, start: int, count: int) -> Tensor:
         """Token sequences in training order, int64 ``[count, seq_len]``, on the model's device."""
+        self.before_pass()
         return self.stream.sequences(start, count, seed=self.seed).to(self.model.device)
 
     def batches(self, batch_size: int, block_tokens: int, start_step: int = 0) -> Iterator[Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import click
 
-from spalf.errors import Diverged, Interrupted, UserError
+from spalf.errors import Busy, Diverged, Interrupted, UserError
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
 """Exit statuses; 75 (EX_TEMPFAIL) means that running the command again continues it."""
@@ -16,10 +18,16 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
 
 def run_cli(command: click.Command) -> None:
     """Run a click command and leave the process with the status its outcome calls for."""
-    sys.exit(_status(lambda: command.main(standalone_mode=False), "--debug" in sys.argv))
+    # Until a step has something to save, being asked to stop is a reason to stop at once.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
+    sys.exit(status_of(lambda: command.main(standalone_mode=False), "--debug" in sys.argv))
 
 
-def _status(run: Callable[[], object], debug: bool) -> int:
+def status_of(run: Callable[[], object], debug: bool) -> int:
+    """Run a command; its exit status, with one line on standard error where it failed.
+
+    With ``debug`` an error is raised instead, for its traceback.
+    """
     try:
         run()
     except click.exceptions.Exit as exit_:
@@ -32,7 +40,7 @@ def _status(run: Callable[[], object], debug: bool) -> int:
         if debug:
             raise
         return _say(str(error), BAD_INPUT)
-    except Interrupted as error:
+    except (Interrupted, Busy) as error:
         return _say(str(error), INTERRUPTED)
     except (Diverged, OSError) as error:
         if debug:
@@ -42,13 +50,20 @@ def _status(run: Callable[[], object], debug: bool) -> int:
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error.filename or 'output directory'}: the disk is full; free space and rerun"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.filename}: cannot be written ({error.strerror}); choose another directory"
-    return str(error)
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    where = error.filename or "the output directory"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}: the disk is full; free some space and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{where}: cannot be written ({error.strerror}); "
+            "mend that and run the same command again, or choose another directory"
+        )
+    return f"{where}: {error.strerror}"
 
 
 def _say(message: str, status: int) -> int:
-    click.echo(f"spalf: {message}", err=True)
+    with suppress(OSError):  # the log may lie on the very disk that is full
+        click.echo(f"spalf: {message}", err=True)
     return status

@@ -11,10 +11,13 @@ from spalf.cli.errors import run_cli
 from spalf.cli.options import (
     UNUSED_BY_CALIBRATION,
     configuration,
+    context_options,
     directory,
     existing_file,
     read_config,
+    skipping,
 )
+from spalf.cli.status import status
 from spalf.errors import UserError
 
 EXAMPLES = {
@@ -52,12 +55,12 @@ def step(name: str) -> Any:
 
 def _start(options: dict[str, Any], defaults: dict[str, Any] | None = None) -> tuple[Any, Any]:
     """Configuration and context of a step; the configuration is checked before torch loads."""
-    debug = options.pop("debug")
+    debug, policy = options.pop("debug"), context_options(options)
     config = read_config(defaults=defaults, **options)
     from spalf.cli.runtime import configure_logging, set_up
 
     configure_logging(debug)
-    return config, set_up(config.runtime, config.seed)
+    return config, set_up(config.runtime, config.seed, **policy)
 
 
 @step("calibrate")
@@ -85,6 +88,7 @@ def init(calibration: Path, out: Path, **options: Any) -> None:
 
 @step("phase1")
 @configuration
+@skipping
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
 @click.option("--init", "initial", type=directory, required=True, help="Output of init.")
 @click.option("--out", type=directory, required=True, help="Directory to write.")
@@ -98,6 +102,7 @@ def phase1(calibration: Path, initial: Path, out: Path, **options: Any) -> None:
 
 @step("phase2")
 @configuration
+@skipping
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
 @click.option("--phase1", "previous", type=directory, required=True, help="Output of phase1.")
 @click.option("--out", type=directory, required=True, help="Directory to write.")
@@ -178,6 +183,9 @@ def describe(source: Path, cell: str | None, debug: bool) -> None:
     from spalf.cli.describe import description
 
     click.echo(description(source, cell))
+
+
+spalf.add_command(status)
 
 
 def main() -> None:

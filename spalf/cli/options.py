@@ -33,7 +33,41 @@ def configuration(command: Command) -> Command:
     ]
     for option in reversed(options):
         command = option(command)
-    return command
+    return reliability(command)
+
+
+def reliability(command: Command) -> Command:
+    """``--if-locked`` and ``--if-foreign``: what to do about other processes and other runs."""
+    locked = click.option(
+        "--if-locked",
+        type=click.Choice(["exit", "wait"]),
+        default="exit",
+        help="Where another process works on the same output: exit (status 75) or wait for it.",
+    )
+    foreign = click.option(
+        "--if-foreign",
+        type=click.Choice(["refuse", "restart"]),
+        default="refuse",
+        help="Checkpoints of other settings: refuse them, or set them aside and start anew.",
+    )
+    return locked(foreign(command))
+
+
+def skipping(command: Command) -> Command:
+    """``--skip-nonfinite N``, for the steps that train."""
+    option = click.option(
+        "--skip-nonfinite",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Go past up to N batches whose loss or gradient is not finite; they are recorded.",
+    )
+    return option(command)
+
+
+def context_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of ``options`` what `StepContext` wants to know."""
+    names = ("if_locked", "if_foreign", "skip_nonfinite")
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def read_config(

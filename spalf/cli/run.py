@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spalf.cli.errors import run_cli
-from spalf.cli.options import existing_file
-from spalf.config import RunConfig, load_run
+from spalf.cli.options import existing_file, read_config, reliability, skipping
+from spalf.config import RunConfig
 from spalf.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def _start(config_file: Path, device: str | None, debug: bool) -> tuple[RunConfig, StepContext]:
-    config = load_run(config_file)
+def _start(
+    config_file: Path, device: str | None, debug: bool, **policy: Any
+) -> tuple[RunConfig, StepContext]:
+    config = read_config(config_file, None, "{}", device)
     from spalf.cli.runtime import configure_logging, set_up
 
     configure_logging(debug)
-    runtime = config.runtime.model_copy(update={"device": device or config.runtime.device})
-    return config, set_up(runtime, config.seed)
+    return config, set_up(config.runtime, config.seed, **policy)
 
 
 @click.command(
@@ -33,12 +34,14 @@ def _start(config_file: Path, device: str | None, debug: bool) -> tuple[RunConfi
 @click.argument("config_file", type=existing_file)
 @click.option("--device", help="auto, cpu, cuda or cuda:N; overrides runtime.device.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
-def train_command(config_file: Path, device: str | None, debug: bool) -> None:
+@reliability
+@skipping
+def train_command(config_file: Path, **options: Any) -> None:
     """Calibrate, initialise, train both phases and evaluate, into the run's output_dir.
 
     Finished steps are not repeated; an interrupted one continues from its checkpoint.
     """
-    config, context = _start(config_file, device, debug)
+    config, context = _start(config_file, **options)
     from spalf.steps.pipeline import train_run
 
     click.echo(f"evaluation: {train_run(config, context)}")
@@ -48,9 +51,10 @@ def train_command(config_file: Path, device: str | None, debug: bool) -> None:
 @click.argument("config_file", type=existing_file)
 @click.option("--device", help="auto, cpu, cuda or cuda:N; overrides runtime.device.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
-def evaluate_command(config_file: Path, device: str | None, debug: bool) -> None:
+@reliability
+def evaluate_command(config_file: Path, **options: Any) -> None:
     """Evaluate the SAE in the run's `checkpoint` directory on held-out tokens."""
-    config, context = _start(config_file, device, debug)
+    config, context = _start(config_file, **options)
     if config.checkpoint is None:
         remedy = "is missing; add the directory of a phase1 or phase2 step"
         raise UserError(f"{config_file}: checkpoint", None, remedy)

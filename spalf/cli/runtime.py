@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
+from spalf.cli.errors import INTERRUPTED
 from spalf.cli.progress import open_progress
 from spalf.config import RuntimeConfig
 from spalf.errors import UserError
@@ -20,13 +23,17 @@ from spalf.steps import StepContext
 
 logger = logging.getLogger(__name__)
 
+IMPATIENT_SECONDS = 2.0
+"""A second SIGINT within this time is the same key press, sent to the group and by a parent."""
 
-def set_up(runtime: RuntimeConfig, seed: int) -> StepContext:
+
+def set_up(runtime: RuntimeConfig, seed: int, **policy: Any) -> StepContext:
     """Configure the process and return the context steps run in.
 
     Args:
         runtime: device, threads, TF32.
         seed: of torch's global generator; every stream the method draws from has its own.
+        policy: further fields of `StepContext`, by name.
 
     Raises:
         UserError: a GPU was asked for that is not there.
@@ -39,7 +46,7 @@ def set_up(runtime: RuntimeConfig, seed: int) -> StepContext:
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = runtime.tf32
     torch.backends.cudnn.allow_tf32 = runtime.tf32
-    return StepContext(device, stop_on_signals(), open_progress, commit())
+    return StepContext(device, stop_on_signals(), open_progress, commit(), **policy)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -61,22 +68,24 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """Turn SIGTERM and SIGINT into a request to stop after the current step.
+    """Turn SIGTERM and SIGINT into a request to stop after the current piece of work.
 
-    A second signal ends the process at once.
+    Asking again with SIGINT, a moment later, ends the process at once. SIGTERM does not: a batch
+    system sends it more than once and follows it with SIGKILL itself.
     """
-    stopped = False
+    asked: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        if stopped:
-            sys.exit(128 + number)
-        stopped = True
-        logger.warning("%s: stopping after this step", signal.Signals(number).name)
+        now = time.monotonic()
+        if asked and number == signal.SIGINT and now - asked[0] > IMPATIENT_SECONDS:
+            sys.exit(INTERRUPTED)
+        if not asked:
+            logger.warning("%s: stopping after this step", signal.Signals(number).name)
+        asked.append(now)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
-    return lambda: stopped
+    return lambda: bool(asked)
 
 
 def commit() -> str:

@@ -42,6 +42,8 @@ class Schedule:
         omega_c: controller bandwidth per step (M12).
         omega_o: observer bandwidth per step (M12).
         v_max: saturation of the violation signal (M12).
+        beta_fast: share kept by the filter that feeds the observer (M11).
+        beta_slow: share kept by the one that feeds gates, penalties and setpoint (M11).
         k_s: integral gain of the setpoint loop per step in Phase 1 (M14).
         k_p: its proportional gain, in both phases.
         k_s_phase2: the same in Phase 2, where little time is left to settle.
@@ -61,6 +63,8 @@ class Schedule:
     omega_c: float
     omega_o: float
     v_max: float
+    beta_fast: float
+    beta_slow: float
     k_s: float
     k_p: float
     k_s_phase2: float
@@ -88,6 +92,8 @@ def schedule(config: RunConfig) -> Schedule:
         omega_c=omega_c,
         omega_o=5 * omega_c,
         v_max=0.3,
+        beta_fast=1 - 10 * omega_c,
+        beta_slow=1 - omega_c,
         k_s=0.5 * omega_c,
         k_p=0.5,
         k_s_phase2=2 * omega_c,
@@ -135,6 +141,8 @@ _FROM_CONFIG = {
     "omega_c": "clip(40 / phase1_steps, .01, .05) per step (M12)",
     "omega_o": "5·omega_c (M12)",
     "v_max": "0.3 (M12)",
+    "beta_fast": "1 − 10·omega_c (M11)",
+    "beta_slow": "1 − omega_c (M11)",
     "k_s": "0.5·omega_c per step (M14)",
     "k_p": "0.5 (M14)",
     "k_s_phase2": "2·omega_c per step (M16)",
@@ -144,16 +152,18 @@ _FROM_CONFIG = {
 }
 
 _FROM_DATA = {
-    "v_cap": ("min(V, F/16) (M3)", "calibration"),
+    "v_cap": ("min(V, F/16) (M3)", "init"),
     "whitener_rank": ("smallest k with 1 − delta_rank of the trace (M2)", "calibration"),
     "alpha": ("λ_k / kappa (M2)", "calibration"),
     "calibration_tokens": ("tokens until the split-half error is ≤ delta_cov (M1)", "calibration"),
+    "split_half_error": ("‖Σ_a − Σ_b‖_F / ‖Σ‖_F (M1)", "calibration"),
     "variance": ("trace Σ", "calibration"),
+    "scale": ("√(trace Σ / d): the unit of codes and errors", "calibration"),
     "theta_quantile": ("1 − l0_start / F (M5)", "init"),
     "init_scale": ("⟨x−μ, z W_dec⟩ / ‖z W_dec‖² (M5)", "init"),
     "bandwidth_median": ("median_j c_eps·IQR_j (M6)", "init"),
-    "tau_start": ("half the first E‖x−x̂‖² (M14)", "init"),
-    "tau_floor": ("(1 − R2_target)·variance (M14)", "calibration"),
+    "tau_start": ("half the first E‖x−x̂‖²/scale² (M14)", "init"),
+    "tau_floor": ("(1 − R2_target)·E‖x−μ‖²_M/scale² (M14)", "calibration"),
     "threshold_trim_phase1": ("factor on θ at which L0 = L0_target, at the end (M14)", "phase1"),
     "threshold_trim_phase2": ("the same at the end of Phase 2", "phase2"),
     "kl_scale": ("KL at the entry to Phase 2 (M16)", "phase2"),

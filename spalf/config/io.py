@@ -81,6 +81,9 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "malformed"
         raise UserError("config", str(path), f"not valid YAML{line}: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a date or a number that is none, a deep nest
+        problem = str(error).split(";")[0]
+        raise UserError("config", str(path), f"not valid YAML: {problem}") from None
     if not isinstance(data, dict):
         kind = "empty" if data is None else f"a {type(data).__name__}"
         raise UserError("config", str(path), f"is {kind}, not a mapping of `key: value` lines")
@@ -95,7 +98,8 @@ def to_yaml(config: Frozen) -> str:
 
 def _one_line(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
     """The first fault of a validation error as ``key = value: remedy``."""
-    fault = error.errors()[0]
+    # A misspelt key is also a missing one; the spelling is the better thing to speak of.
+    fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     path = [part for part in fault["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in path)
     prefix = f"{where}: {key}" if key else where

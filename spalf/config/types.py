@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
 from spalf.config.base import Frozen
 from spalf.config.constants import StructuralConstants
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-Floats = Annotated[tuple[float, ...], Field(strict=False)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
+PositiveInt = Annotated[int, Field(gt=0, le=10**15)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+DictionarySize = Annotated[int, Field(gt=0, le=2**28)]
+SequenceLength = Annotated[int, Field(ge=2, le=2**20)]
+Factors = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
 
 BUFFER_TOKENS = 2**20
 """Capacity of the activation buffer, in activations (M18)."""
@@ -58,7 +61,7 @@ class EvaluateConfig(Frozen):
     """
 
     tokens: PositiveInt = 131_072
-    sweep_factors: Floats = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+    sweep_factors: Factors = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
     sweep_tokens: PositiveInt = 16_384
     absorption: bool = True
 
@@ -130,13 +133,13 @@ class TrainConfig(Frozen):
         seq_len: context length in tokens.
     """
 
-    F: PositiveInt
+    F: DictionarySize
     L0_target: float = Field(gt=0)
     R2_target: float = Field(default=0.99, gt=0, lt=1)
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0, le=1)
     total_tokens: PositiveInt
     batch_size: PositiveInt = 4096
-    seq_len: PositiveInt = 128
+    seq_len: SequenceLength = 128
 
 
 class RunConfig(TrainConfig):
@@ -150,7 +153,7 @@ class RunConfig(TrainConfig):
     model_name: NonEmpty
     hook_point: NonEmpty
     dataset: Dataset
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     output_dir: NonEmpty = "results/run"
     checkpoint: str | None = None
     revision: str | None = None
@@ -182,6 +185,17 @@ class RunConfig(TrainConfig):
         return self
 
 
+class SweepTrainConfig(Frozen):
+    """`TrainConfig` without ``L0_target``, which the grid supplies."""
+
+    F: DictionarySize
+    R2_target: float = Field(default=0.99, gt=0, lt=1)
+    lr: float = Field(default=3e-4, gt=0, le=1)
+    total_tokens: PositiveInt
+    batch_size: PositiveInt = 4096
+    seq_len: SequenceLength = 128
+
+
 class ModelEntry(Frozen):
     """One language model of a sweep, and what it overrides.
 
@@ -201,6 +215,16 @@ class ModelEntry(Frozen):
     train: Mapping[str, Any] = {}
     evaluate: Mapping[str, Any] = {}
 
+    @field_validator("train")
+    @classmethod
+    def _train_fields_only(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        # Keys that no configuration knows are found, with a suggestion, when a cell is built.
+        known = SweepTrainConfig.model_fields
+        misplaced = [key for key in value if key in RunConfig.model_fields and key not in known]
+        if misplaced:
+            raise ValueError(f"{misplaced[0]!r} cannot be overridden here; {', '.join(known)} can")
+        return value
+
 
 class GridConfig(Frozen):
     """The axes of the sweep; every model is trained at every combination."""
@@ -208,20 +232,7 @@ class GridConfig(Frozen):
     L0_target: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=1)
     ]
-    seed: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] = (
-        0,
-    )
-
-
-class SweepTrainConfig(Frozen):
-    """`TrainConfig` without ``L0_target``, which the grid supplies."""
-
-    F: PositiveInt
-    R2_target: float = Field(default=0.99, gt=0, lt=1)
-    lr: float = Field(default=3e-4, gt=0)
-    total_tokens: PositiveInt
-    batch_size: PositiveInt = 4096
-    seq_len: PositiveInt = 128
+    seed: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
 
 
 class Cell(Frozen):

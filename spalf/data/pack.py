@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,7 +192,8 @@ class _SplitWriter:
         }
 
     def discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, said already
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _write_header(self) -> None:

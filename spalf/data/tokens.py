@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,15 +82,19 @@ class TokenSplits:
             info = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
             names = ("train", "calibration", "evaluation")
             streams = {name: _open_split(directory, name, info) for name in names}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             remedy = f"no usable tokens here ({error}); run `spalf calibrate` again"
             raise UserError("tokens", str(directory), remedy) from None
         return cls(info=info, **streams)
 
 
 def _open_split(directory: Path, name: str, info: dict[str, Any]) -> SequenceStream:
-    tokens = np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    path = directory / f"{name}.npy"
+    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     expected = (info["splits"][name]["sequences"], info["seq_len"])
     if tokens.shape != expected:
         raise ValueError(f"{name}.npy has shape {tokens.shape}, expected {expected}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != info["splits"][name]["sha256"]:
+            raise ValueError(f"{name}.npy does not match its digest")
     return SequenceStream(tokens)

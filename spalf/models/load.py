@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from spalf.models.transformer_lens import TransformerLensModel
 
 BUNDLED_PREFIX = "spalf/"
 _BUNDLED = Path(__file__).parent.parent / "bundled"
+_TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|spiece|sentencepiece|.*\.(model|tiktoken)$")
 _OFFLINE = "with no network, give a local directory or a bundled model such as spalf/demo-2l"
 
 
@@ -68,6 +70,11 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     path = resolve_model(model_name)
+    files = {found.name for found in Path(path).glob("*")} if Path(path).is_dir() else None
+    if files is not None and not any(_TOKENIZER_FILE.match(name) for name in files):
+        # The library would make one up.
+        remedy = "its tokenizer cannot be read: there are no tokenizer files in it"
+        raise UserError("model_name", model_name, remedy)
     with _as_user_error(model_name, path, "tokenizer"):
         return AutoTokenizer.from_pretrained(
             path, **_source_options(path, revision, trust_remote_code)

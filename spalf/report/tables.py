@@ -53,10 +53,10 @@ def write_tables(tables: Iterable[Path], out_dir: Path) -> list[Path]:
     Raises:
         UserError: a table is missing or damaged.
     """
+    read = [(path, read_frontier(path)) for path in tables]
     out_dir.mkdir(parents=True, exist_ok=True)
     written = []
-    for path in tables:
-        table = read_frontier(path)
+    for path, table in read:
         shown = table[[name for name in COLUMNS if name in table]]
         for suffix, text in ((".md", _markdown(shown)), (".tex", _latex(shown))):
             target = out_dir / f"{path.stem}{suffix}"

@@ -150,10 +150,16 @@ class StratifiedSAE(nn.Module):
         grad.sub_((grad * free).sum(dim=1, keepdim=True) * free)
 
     @torch.no_grad()
-    def normalise_free_columns(self) -> None:
-        """Put the free columns back on the unit sphere (M4)."""
+    def normalise_free_columns(self, unless: Tensor | None = None) -> None:
+        """Put the free columns back on the unit sphere (M4).
+
+        Args:
+            unless: scalar on the device; where it is not 0 the columns stay bit for bit as they
+                are.
+        """
         free = self.W_dec[self.n_anchored :]
-        free.div_(torch.linalg.vector_norm(free, dim=1, keepdim=True).clamp_min_(1e-12))
+        norm = torch.linalg.vector_norm(free, dim=1, keepdim=True).clamp_min_(1e-12)
+        free.div_(norm if unless is None else torch.where(unless != 0, 1.0, norm))
 
 
 def interquartile_range(pre: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import platform
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,31 @@ import torch
 from torch import Tensor
 
 from spalf.activations import ActivationStore
-from spalf.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from spalf.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    differences,
+    fingerprint,
+    identity_digest,
+    naming,
+    read_checkpoint,
+    read_metadata,
+    write_checkpoint,
+)
 from spalf.config import RunConfig
 from spalf.data import TokenSplits, tokenize_dataset
-from spalf.errors import UserError
+from spalf.data.tokens import INDEX_FILE
+from spalf.errors import Interrupted, StopRequested, UserError
 from spalf.models import LanguageModel, load_tokenizer
-from spalf.steps.context import StepContext, environment, exclusive
+from spalf.steps.context import (
+    CheckpointClock,
+    Progress,
+    StepContext,
+    environment,
+    exclusive,
+    finished,
+    model_revision,
+)
 from spalf.whitening import SoftZCA, SplitHalfCovariance
 
 logger = logging.getLogger(__name__)
@@ -57,28 +78,25 @@ class Calibration:
 def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
     """Tokenise the dataset, estimate μ and Σ, fit the whitener, pick the anchors (M1–M3, M17).
 
-    Writes ``tokens/``, ``calibration.safetensors`` and ``metadata.json`` into ``out``.
+    Writes ``tokens/``, ``calibration.safetensors`` and ``metadata.json`` into ``out``; resumes from
+    ``<out>.checkpoints`` where that holds a checkpoint of the same calibration.
 
     Raises:
-        UserError: model, dataset or site cannot be used; nothing but tokens has been written.
+        UserError: model, dataset or site cannot be used; nothing has been written.
+        Interrupted: asked to stop; a checkpoint was written.
+        Busy: another process is at work on ``out``.
     """
     model = context.load_model(config)
-    tokenizer = load_tokenizer(
-        config.model_name,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    with exclusive(out.with_name(f"{out.name}.checkpoints")):
-        splits = tokenize_dataset(
-            config.dataset,
-            tokenizer,
-            out / "tokens",
-            seq_len=config.seq_len,
-            train_tokens=config.total_tokens,
-            calibration_tokens=CALIBRATION_TOKENS,
-            evaluation_tokens=config.evaluate.tokens,
-        )
-        tensors, facts = _measure(config, model, splits, context)
+    with exclusive(out, context) as working:
+        identity = fingerprint(calibration_settings(config), {"model": model_revision(config)})
+        if (out / "metadata.json").exists() and _is_whole(out):
+            theirs = read_metadata(out).get("fingerprint", {})
+            if finished(out, theirs, identity, context):
+                return
+        splits = _tokens(config, model, working, context)
+        store = ActivationStore(model, splits.calibration, 0, context.pause_point)
+        checkpoints = CheckpointStore(working, identity, context.if_foreign)
+        tensors, facts = _measure(config, store, checkpoints, context)
         metadata = {
             "step": "calibrate",
             "measured": facts,
@@ -88,17 +106,105 @@ def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
                 "d_model": model.d_model,
                 "d_vocab": model.d_vocab,
             },
+            "fingerprint": identity,
             "environment": environment(context),
         }
         out.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(out, Checkpoint({"calibration": tensors}, metadata))
+        files = _place_tokens(_tokens_directory(config, working), out)
+        write_checkpoint(out, Checkpoint({"calibration": tensors}, metadata, files))
+
+
+def calibration_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that a calibration depends on."""
+    return config.model_dump(
+        mode="json",
+        include={
+            **dict.fromkeys(("model_name", "hook_point", "revision", "backend", "dtype"), True),
+            **dict.fromkeys(("trust_remote_code", "dataset", "total_tokens", "seq_len"), True),
+            "evaluate": {"tokens"},
+            "method": {"whitening"},
+            "constants": {"delta_cov", "delta_rank", "kappa"},
+        },
+    )
+
+
+def _is_whole(out: Path) -> bool:
+    try:
+        read_checkpoint(out)
+    except UserError as error:
+        logger.warning("calibrating again: %s", error)
+        return False
+    return True
+
+
+def _tokens_directory(config: RunConfig, working: Path) -> Path:
+    """Where tokens of this dataset, model and size are built; a change of any makes it another."""
+    data = calibration_settings(config)
+    # The standard library's text is the running interpreter's.
+    chosen = {"python": platform.python_version()} | {
+        name: data[name]
+        for name in ("model_name", "revision", "dataset", "seq_len", "total_tokens", "evaluate")
+    }
+    return working / f"tokens.{identity_digest(chosen)[:8]}"
+
+
+def _tokens(
+    config: RunConfig, model: LanguageModel, working: Path, context: StepContext
+) -> TokenSplits:
+    """The dataset's tokens, from an earlier attempt where that got so far."""
+    directory = _tokens_directory(config, working)
+    if (directory / INDEX_FILE).exists():
+        try:
+            return TokenSplits.open(directory)
+        except UserError as error:
+            logger.warning("tokenising again: %s", error)
+    tokenizer = load_tokenizer(
+        config.model_name,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if len(tokenizer) > model.d_vocab:
+        remedy = (
+            f"its tokenizer has {len(tokenizer)} tokens, its weights only {model.d_vocab}; "
+            "give the directory of one model, with its own tokenizer"
+        )
+        raise UserError("model_name", config.model_name, remedy)
+    try:
+        return tokenize_dataset(
+            config.dataset,
+            tokenizer,
+            directory,
+            seq_len=config.seq_len,
+            train_tokens=config.total_tokens,
+            calibration_tokens=CALIBRATION_TOKENS,
+            evaluation_tokens=config.evaluate.tokens,
+            progress=lambda _: context.pause_point(),
+        )
+    except StopRequested:
+        raise Interrupted(0, "calibration batch") from None
+
+
+def _place_tokens(tokens: Path, out: Path) -> dict[str, Path]:
+    """Put the files of tokens into ``out`` as well; links cost nothing where they are possible."""
+    files = {}
+    (out / "tokens").mkdir(exist_ok=True)
+    for source in sorted(path for path in tokens.iterdir() if not path.name.startswith(".")):
+        target = out / "tokens" / source.name
+        target.unlink(missing_ok=True)
+        try:
+            target.hardlink_to(source)
+        except OSError:
+            with naming(target):
+                shutil.copyfile(source, target)
+        files[f"tokens/{source.name}"] = target
+    return files
 
 
 def _measure(
-    config: RunConfig, model: LanguageModel, splits: TokenSplits, context: StepContext
+    config: RunConfig, store: ActivationStore, checkpoints: CheckpointStore, context: StepContext
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    store = ActivationStore(model, splits.calibration, seed=0)
-    covariance, counts, sample, rate = _stream(config, store, context)
+    seen, rate = _stream(config, store, checkpoints, context)
+    model, covariance, counts = store.model, seen.covariance, seen.counts
     moments, error = covariance.merged(), covariance.error()
     constants = config.constants
     if config.method.whitening:
@@ -108,7 +214,7 @@ def _measure(
     variance = float(moments.covariance.trace())
     directions, token_ids = token_directions(model.unembedding(), counts)
     tensors = {f"whitener.{name}": value for name, value in whitener.tensors().items()}
-    tensors |= {"covariance": moments.covariance, "sample": sample}
+    tensors |= {"covariance": moments.covariance, "sample": torch.cat(seen.sample)[:SAMPLE_TOKENS]}
     tensors |= {"token_directions": directions, "token_ids": token_ids, "token_counts": counts}
     facts = {
         "calibration_tokens": covariance.count,
@@ -123,40 +229,102 @@ def _measure(
     return tensors, facts
 
 
-def _stream(
-    config: RunConfig, store: ActivationStore, context: StepContext
-) -> tuple[SplitHalfCovariance, Tensor, Tensor, float]:
-    """Run the calibration split until the gate opens or it ends (M1)."""
-    model, stream = store.model, store.stream
-    covariance = SplitHalfCovariance(model.d_model, context.device)
-    counts = torch.zeros(model.d_vocab, dtype=torch.int64)
-    sample: list[Tensor] = []
-    progress = context.progress("calibrate", stream.n_sequences * stream.seq_len, 0)
-    started = time.monotonic()
-    for start in range(0, stream.n_sequences, SEQUENCES_PER_UPDATE):
-        taken = min(SEQUENCES_PER_UPDATE, stream.n_sequences - start)
-        x = store.harvest(start, taken)
-        covariance.update(x)
-        tokens = stream.sequences(start, taken, seed=store.seed)
-        counts += torch.bincount(tokens.flatten(), minlength=model.d_vocab)
-        if covariance.count - len(x) < SAMPLE_TOKENS:
-            sample.append(x)
-        even = (start // SEQUENCES_PER_UPDATE) % 2 == 1
-        error = covariance.error() if even else float("inf")
-        progress.update(len(x), {"split-half": error} if even else None)
-        if covariance.count >= SAMPLE_TOKENS and error <= config.constants.delta_cov:
-            break
-    else:
-        logger.warning(
-            "the calibration split ended after %d tokens with a split-half error of %.3f, above "
-            "delta_cov = %g: Σ is known to that accuracy only",
-            covariance.count,
-            covariance.error(),
-            config.constants.delta_cov,
+@dataclass
+class _Seen:
+    """What calibration has gathered of the stream.
+
+    Attributes:
+        covariance: both halves.
+        counts: occurrences of each token, ``[d_vocab]``.
+        sample: the first activations, batch by batch.
+        position: index of the next sequence.
+    """
+
+    covariance: SplitHalfCovariance
+    counts: Tensor
+    sample: list[Tensor]
+    position: int = 0
+
+    def to_checkpoint(self) -> Checkpoint:
+        """As the contents of a checkpoint directory."""
+        tensors = {f"covariance.{k}": v for k, v in self.covariance.state_dict().items()}
+        tensors |= {"counts": self.counts}
+        tensors |= {f"sample.{i:04d}": batch for i, batch in enumerate(self.sample)}
+        return Checkpoint({"calibration": tensors}, {"position": self.position})
+
+    def restore(self, saved: Checkpoint, device: torch.device) -> None:
+        """Inverse of `to_checkpoint`; going on is bit-identical."""
+        tensors, prefix = saved.tensors["calibration"], "covariance."
+        self.covariance.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
-    progress.close()
-    rate = covariance.count / max(1e-9, time.monotonic() - started)
-    return covariance, counts, torch.cat(sample)[:SAMPLE_TOKENS], rate
+        self.counts = tensors["counts"]
+        self.sample = [tensors[k].to(device) for k in sorted(tensors) if k.startswith("sample.")]
+        self.position = saved.metadata["position"]
+
+
+def _stream(
+    config: RunConfig, store: ActivationStore, checkpoints: CheckpointStore, context: StepContext
+) -> tuple[_Seen, float]:
+    """Run the calibration split until the gate opens or it ends (M1); also tokens per second."""
+    model, stream = store.model, store.stream
+    seen = _Seen(
+        SplitHalfCovariance(model.d_model, context.device),
+        torch.zeros(model.d_vocab, dtype=torch.int64),
+        [],
+    )
+    saved = checkpoints.latest("cpu")
+    if saved:
+        seen.restore(saved, context.device)
+        logger.info("resuming calibration at sequence %d", seen.position)
+    progress = context.progress(
+        "calibrate", stream.n_sequences * stream.seq_len, seen.position * stream.seq_len
+    )
+    before, started = seen.covariance.count, time.monotonic()
+    try:
+        _gather(config, store, seen, checkpoints, progress)
+    except StopRequested:
+        checkpoints.save(seen.position, seen.to_checkpoint())
+        raise Interrupted(seen.position, "sequence") from None
+    finally:
+        progress.close()
+    return seen, (seen.covariance.count - before) / max(1e-9, time.monotonic() - started)
+
+
+def _gather(
+    config: RunConfig,
+    store: ActivationStore,
+    seen: _Seen,
+    checkpoints: CheckpointStore,
+    progress: Progress,
+) -> None:
+    runtime, stream = config.runtime, store.stream
+    clock = CheckpointClock(runtime.checkpoint_every_minutes, runtime.checkpoint_every_steps)
+    while seen.position < stream.n_sequences:
+        update = seen.position // SEQUENCES_PER_UPDATE
+        taken = min(SEQUENCES_PER_UPDATE, stream.n_sequences - seen.position)
+        x = store.harvest(seen.position, taken)
+        tokens = stream.sequences(seen.position, taken, seed=store.seed)
+        if seen.covariance.count < SAMPLE_TOKENS:
+            seen.sample.append(x)
+        seen.covariance.update(x)
+        seen.counts += torch.bincount(tokens.flatten(), minlength=len(seen.counts))
+        seen.position += taken
+        even = update % 2 == 1
+        error = seen.covariance.error() if even else float("inf")
+        progress.update(len(x), {"split-half": error} if even else None)
+        if seen.covariance.count >= SAMPLE_TOKENS and error <= config.constants.delta_cov:
+            return
+        if clock.due(update + 1):
+            with clock.timed():
+                checkpoints.save(seen.position, seen.to_checkpoint())
+    logger.warning(
+        "the calibration split ended after %d tokens with a split-half error of %.3f, above "
+        "delta_cov = %g: Σ is known to that accuracy only",
+        seen.covariance.count,
+        seen.covariance.error(),
+        config.constants.delta_cov,
+    )
 
 
 def token_directions(unembedding: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,17 +344,25 @@ def token_directions(unembedding: Tensor, counts: Tensor) -> tuple[Tensor, Tenso
     return centred[order.to(centred.device)], order
 
 
+def _require_calibration_of(directory: Path, theirs: dict[str, Any], config: RunConfig) -> None:
+    ours = fingerprint(calibration_settings(config), {"model": model_revision(config)})
+    # More held-out tokens than asked for are welcome: cells of a sweep share one calibration.
+    if theirs.get("evaluate.tokens", 0) >= ours["evaluate.tokens"]:
+        ours["evaluate.tokens"] = theirs["evaluate.tokens"]
+    if differing := differences(theirs, ours):
+        remedy = f"is of another run: {differing}; calibrate again, or go back to its settings"
+        raise UserError("calibration", str(directory), remedy)
+
+
 def load_calibration(directory: Path, config: RunConfig, device: torch.device) -> Calibration:
     """Read what `calibrate` wrote.
 
     Raises:
-        UserError: a file is missing or damaged, or belongs to another model or site.
+        UserError: a file is missing or damaged, or belongs to another model, site or dataset; the
+            differing fields are listed.
     """
     checkpoint = read_checkpoint(directory, device)
-    for key in ("model_name", "hook_point"):
-        found, wanted = checkpoint.metadata["model"][key], getattr(config, key)
-        if found != wanted:
-            raise UserError(key, wanted, f"the calibration in {directory} is of {found!r}")
+    _require_calibration_of(directory, checkpoint.metadata.get("fingerprint", {}), config)
     tensors, measured = checkpoint.tensors["calibration"], checkpoint.metadata["measured"]
     prefix = "whitener."
     whitener = SoftZCA.from_tensors(

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from filelock import FileLock, Timeout
 
+from spalf.checkpoint import IfForeign, differences, naming
 from spalf.config import RunConfig
-from spalf.models import LanguageModel, load_model
+from spalf.errors import Busy, Interrupted, StopRequested, UserError
+from spalf.models import LanguageModel, load_model, resolve_model
 
 logger = logging.getLogger(__name__)
+
+HOLDER = "holder.json"
+"""Beside a lock: who holds it."""
+
+COST_SHARE = 0.01
+"""Share of the run that checkpoints may take."""
+
+_ENDS = 2**20
+"""Bytes of either end of a file that stand for its contents."""
 
 REPORTED_PACKAGES = ("spalf", "torch", "transformers", "transformer-lens", "triton")
 
@@ -44,12 +58,27 @@ class StepContext:
         should_stop: true once the process was asked to stop (SIGTERM, SIGINT).
         progress: ``progress(description, total, initial)`` opens a display.
         commit: version-control revision of the code, or an empty string.
+        if_locked: ``exit`` or ``wait`` where another process is at work on the same output.
+        if_foreign: ``refuse`` or ``restart`` where checkpoints of another run are found.
+        skip_nonfinite: batches that training may pass over because something was not finite.
     """
 
     device: torch.device
     should_stop: Callable[[], bool]
     progress: Callable[[str, int, int], Progress]
     commit: str = ""
+    if_locked: Literal["wait", "exit"] = "exit"
+    if_foreign: IfForeign = "refuse"
+    skip_nonfinite: int = 0
+
+    def pause_point(self) -> None:
+        """Where a step may be left between two pieces of work.
+
+        Raises:
+            StopRequested: the process was asked to stop.
+        """
+        if self.should_stop():
+            raise StopRequested
 
     def load_model(self, config: RunConfig) -> LanguageModel:
         """The run's language model with its site, on the context's device."""
@@ -84,32 +113,162 @@ def environment(context: StepContext) -> dict[str, str]:
     return found
 
 
+def working_directory(out: Path) -> Path:
+    """Where a step keeps its checkpoints and its lock: beside its output, not in it.
+
+    Snakemake deletes the declared outputs of a job that failed; what lies beside them survives.
+    """
+    stem = out.stem if out.suffix == ".json" else out.name
+    return out.with_name(f"{stem}.checkpoints")
+
+
+def model_revision(config: RunConfig) -> str:
+    """What tells one state of a language model from another under the same name.
+
+    For files on disk a digest of names, sizes and both ends of each; for a model of the hub the
+    revision asked for.
+    """
+    directory = Path(resolve_model(config.model_name))
+    if not directory.is_dir():
+        return config.revision or "default"
+    digest = hashlib.sha256()
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
+    return digest.hexdigest()
+
+
+def finished(
+    out: Path, theirs: Mapping[str, Any], identity: Mapping[str, Any], context: StepContext
+) -> bool:
+    """Whether a finished result with the fingerprint ``theirs`` is the one wanted.
+
+    Raises:
+        UserError: it is of another run, and the context says to refuse those.
+    """
+    differing = differences(theirs, identity)
+    if not differing:
+        logger.info("%s is finished already", out)
+        return True
+    if context.if_foreign == "refuse":
+        remedy = f"holds another run: {differing}; delete it, or give another place"
+        raise UserError("--out", str(out), remedy)
+    logger.warning("replacing %s, of another run: %s", out, differing)
+    return False
+
+
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the lock of a step's working directory; wait for another holder to finish.
+def exclusive(out: Path, context: StepContext) -> Iterator[Path]:
+    """Hold the lock on a step's output, and give its working directory.
 
     A job orphaned by a killed workflow and its resubmitted twin would otherwise write the same
-    files. The lock is the kernel's, so it goes with the process that held it.
+    files. The lock is the kernel's, so it goes with the process that held it. What killed
+    processes left half-written is removed.
+
+    Raises:
+        Busy: another process holds it, and the context says not to wait.
+        Interrupted: asked to stop while waiting.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / "lock")
+    working = working_directory(out)
+    made = _make_directories(working, out)
+    lock = FileLock(working / "lock")
+    _acquire(lock, working, context)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is working in %s; waiting for it to finish", directory)
-        lock.acquire()
-    try:
-        yield
+        with naming(working):
+            _announce(working)
+        for left in [*working.rglob(".*.tmp"), *_half_written(out)]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+        with naming(working):
+            yield working
+    except UserError:
+        # Bad input leaves nothing behind that was not there before.
+        if working in made:
+            shutil.rmtree(working, ignore_errors=True)
+        _remove_if_empty(made)
+        raise
     finally:
+        (working / HOLDER).unlink(missing_ok=True)
         lock.release()
 
 
+def _make_directories(working: Path, out: Path) -> list[Path]:
+    """Make a working directory; what of it, its parents and ``out`` was missing, deepest first."""
+    missing = [path for path in (out, working, *working.parents) if not path.exists()]
+    working.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_if_empty(directories: list[Path]) -> None:
+    for path in directories:
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _half_written(out: Path) -> list[Path]:
+    stem = working_directory(out).name.removesuffix(".checkpoints")
+    return list(out.parent.glob(f".{glob.escape(stem)}.*.tmp"))
+
+
+def _acquire(lock: FileLock, working: Path, context: StepContext) -> None:
+    try:
+        lock.acquire(timeout=0)
+        return
+    except Timeout:
+        if context.if_locked == "exit":
+            raise Busy(working, _holder(working)) from None
+    logger.warning("%s is in use by %s; waiting for it to finish", working, _holder(working))
+    while True:
+        try:
+            lock.acquire(timeout=1)
+            return
+        except Timeout:
+            if context.should_stop():
+                raise Interrupted(0) from None
+
+
+def _announce(working: Path) -> None:
+    who = {"host": platform.node(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    (working / HOLDER).write_text(json.dumps(who), encoding="utf-8")
+
+
+def _holder(working: Path) -> str:
+    try:
+        who = json.loads((working / HOLDER).read_text(encoding="utf-8"))
+        return f"process {who['pid']} on {who['host']} since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
 class CheckpointClock:
-    """Says when the next checkpoint is due, by steps and by minutes."""
+    """Says when the next checkpoint is due, by steps and by minutes.
+
+    Where a checkpoint takes long, the minutes stretch, so that checkpoints cost less than a
+    hundredth of the run. Steps are taken as asked.
+    """
 
     def __init__(self, every_minutes: float, every_steps: int | None) -> None:
         self._seconds, self._steps = 60 * every_minutes, every_steps
+        self._started = self._last = time.monotonic()
+        self._spent = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Measure what saving one checkpoint costs."""
+        before = time.monotonic()
+        yield
         self._last = time.monotonic()
+        cost = self._last - before
+        self._spent += cost
+        self._seconds = max(self._seconds, cost / COST_SHARE)
+        elapsed = self._last - self._started
+        logger.debug("checkpoint took %.2f s; %.2f s of %.0f s so far", cost, self._spent, elapsed)
 
     def due(self, step: int) -> bool:
         """Whether to checkpoint after ``step``; restarts the minutes when it says yes."""
@@ -125,9 +284,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON by atomic rename, synced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with naming(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1, ensure_ascii=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from spalf.checkpoint import Checkpoint, read_checkpoint
+from spalf.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    fingerprint,
+    identity_digest,
+    read_checkpoint,
+)
 from spalf.config import RunConfig
 from spalf.data import SequenceStream
+from spalf.errors import Interrupted, StopRequested
 from spalf.evaluation import (
     anchor_drift,
     control_summary,
@@ -23,10 +30,17 @@ from spalf.evaluation import (
 from spalf.models import LanguageModel, load_tokenizer
 from spalf.sae import StratifiedSAE
 from spalf.steps.calibrate import load_calibration
-from spalf.steps.context import StepContext, environment, exclusive, write_json
+from spalf.steps.context import (
+    StepContext,
+    environment,
+    exclusive,
+    finished,
+    training_settings,
+    write_json,
+)
 from spalf.training.state import load_sae
 
-SEQUENCES_PER_BATCH = 16
+SEQUENCES_PER_BATCH = 8
 
 
 def evaluate(
@@ -39,6 +53,9 @@ def evaluate(
 ) -> None:
     """Measure the SAE of each phase and write ``evaluation.json``.
 
+    Each part of the report is kept in ``<out>.checkpoints`` as soon as it is measured, so an
+    interrupted evaluation repeats one part at most.
+
     Args:
         config: the run; ``config.evaluate`` says on how many tokens.
         calibration: its calibration directory, which holds the held-out tokens.
@@ -49,89 +66,146 @@ def evaluate(
 
     Raises:
         UserError: an input is missing or damaged.
+        Interrupted: asked to stop; the parts measured so far are kept.
+        Busy: another process is at work on ``out``.
     """
     known = load_calibration(calibration, config, context.device)
     checkpoints = {name: read_checkpoint(path, context.device) for name, path in phases.items()}
-    saes = {name: load_sae(c, config, context.device).eval() for name, c in checkpoints.items()}
-    final = list(phases)[-1]
-    model = context.load_model(config)
-    stream = known.splits.evaluation
-    with exclusive(out.with_name(f"{out.stem}.checkpoints")):
+    inputs = {name: c.metadata["digests"] for name, c in checkpoints.items()}
+    settings = {**training_settings(config), "evaluate": config.evaluate.model_dump(mode="json")}
+    settings |= {"label": model_label, "final": list(phases)[-1]}
+    identity = fingerprint(settings, {"calibration": known.digests, **inputs})
+    with exclusive(out, context) as working:
+        if _finished(out, identity, context):
+            return
+        store = CheckpointStore(working, identity, context.if_foreign)
+        saved = store.latest("cpu")
+        subject = _Subject(
+            config=config,
+            model=context.load_model(config),
+            saes={n: load_sae(c, config, context.device).eval() for n, c in checkpoints.items()},
+            checkpoints=checkpoints,
+            stream=known.splits.evaluation,
+            context=context,
+        )
         report: dict[str, Any] = {
             "cell": _cell(config, model_label),
             "environment": environment(context),
-            "phases": _phases(config, model, saes, checkpoints, stream, context),
-            "final": final,
-            "threshold_sweep": _sweep(config, model, saes[final], stream, context),
-            "drift": anchor_drift(saes[final].W_dec, saes[final].anchors),
+            "fingerprint": identity_digest(identity),
+            **_measured(subject, store, dict(saved.metadata["parts"]) if saved else {}),
+            "final": list(phases)[-1],
             "controller": {
-                name: {**control_summary(_rows(path), index), "ended_by": _ended(checkpoints[name])}
-                for index, (name, path) in enumerate(phases.items(), start=1)
+                name: _controller(_rows(path), checkpoints[name]) for name, path in phases.items()
             },
         }
-        if config.evaluate.absorption:
-            report["absorption"] = _absorption(config, model, saes[final], stream, context)
-        else:
-            report["absorption"] = {"skipped": "evaluate.absorption is false"}
         write_json(out, report)
 
 
-def _phases(
-    config: RunConfig,
-    model: LanguageModel,
-    saes: Mapping[str, StratifiedSAE],
-    checkpoints: Mapping[str, Checkpoint],
-    stream: SequenceStream,
-    context: StepContext,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured, and on what.
+
+    Attributes:
+        config: the run.
+        model: its language model.
+        saes: the SAE of each phase, the final one last.
+        checkpoints: what they were loaded from.
+        stream: held-out sequences.
+        context: device, progress.
+    """
+
+    config: RunConfig
+    model: LanguageModel
+    saes: Mapping[str, StratifiedSAE]
+    checkpoints: Mapping[str, Checkpoint]
+    stream: SequenceStream
+    context: StepContext
+
+    @property
+    def final(self) -> StratifiedSAE:
+        return list(self.saes.values())[-1]
+
+    def held_out(self, tokens: int) -> Iterator[Tensor]:
+        """A fixed random choice of ``tokens`` held-out tokens, the same for every SAE."""
+        wanted = min(-(-tokens // self.stream.seq_len), self.stream.n_sequences)
+        for start in range(0, wanted, SEQUENCES_PER_BATCH):
+            self.context.pause_point()
+            count = min(SEQUENCES_PER_BATCH, wanted - start)
+            yield self.stream.sequences(start, count, seed=0).to(self.context.device)
+
+
+def _measured(subject: _Subject, store: CheckpointStore, parts: dict[str, Any]) -> dict[str, Any]:
+    """Every part of the report that needs the SAE, those in ``parts`` from an earlier attempt."""
+    for name, measure in _PARTS.items():
+        if name in parts:
+            continue
+        try:
+            # As it will be read back, so that a resumed report is the same byte for byte.
+            parts[name] = json.loads(json.dumps(measure(subject)))
+        except StopRequested:
+            raise Interrupted(len(parts), "part") from None
+        store.save(len(parts), Checkpoint({}, {"parts": parts}))
+    return {name: parts[name] for name in _PARTS}
+
+
+def _finished(out: Path, identity: Mapping[str, Any], context: StepContext) -> bool:
+    try:
+        theirs = json.loads(out.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    ours = identity_digest(identity)
+    return theirs == ours and finished(out, {"fingerprint": theirs}, {"fingerprint": ours}, context)
+
+
+def _phases(subject: _Subject) -> dict[str, Any]:
+    config, stream = subject.config, subject.stream
     tokens = config.evaluate.tokens
-    progress = context.progress("evaluate", min(tokens, _available(stream)), 0)
-    measured = evaluate_downstream(
-        model, saes, _held_out(stream, tokens, context.device), progress=progress.update
-    )
-    progress.close()
+    progress = subject.context.progress("evaluate", min(tokens, _available(stream)), 0)
+    try:
+        measured = evaluate_downstream(
+            subject.model, subject.saes, subject.held_out(tokens), progress=progress.update
+        )
+    finally:
+        progress.close()
     rows = {}
     for name, metrics in measured.items():
-        trained = checkpoints[name].metadata["state"]["step"] * config.batch_size
-        multiplier = float(checkpoints[name].tensors["control"]["law.multiplier"][0])
+        checkpoint = subject.checkpoints[name]
+        trained = checkpoint.metadata["state"]["step"] * config.batch_size
+        multiplier = float(checkpoint.tensors["control"]["law.multiplier"][0])
         rows[name] = metrics.summary() | {"lambda_faith": multiplier, "train_tokens": trained}
     return rows
 
 
-def _sweep(
-    config: RunConfig,
-    model: LanguageModel,
-    sae: StratifiedSAE,
-    stream: SequenceStream,
-    context: StepContext,
-) -> list[dict[str, float]]:
-    sequences = _held_out(stream, config.evaluate.sweep_tokens, context.device)
-    return threshold_sweep(model, sae, sequences, config.evaluate.sweep_factors)
+def _sweep(subject: _Subject) -> list[dict[str, float]]:
+    chosen = subject.config.evaluate
+    sequences = subject.held_out(chosen.sweep_tokens)
+    return threshold_sweep(subject.model, subject.final, sequences, chosen.sweep_factors)
 
 
-def _absorption(
-    config: RunConfig,
-    model: LanguageModel,
-    sae: StratifiedSAE,
-    stream: SequenceStream,
-    context: StepContext,
-) -> dict[str, Any]:
+def _drift(subject: _Subject) -> dict[str, Any]:
+    return dict(anchor_drift(subject.final.W_dec, subject.final.anchors))
+
+
+def _absorption(subject: _Subject) -> dict[str, Any]:
+    config = subject.config
+    if not config.evaluate.absorption:
+        return {"skipped": "evaluate.absorption is false"}
     tokenizer = load_tokenizer(
         config.model_name,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
     strings = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    sequences = _held_out(stream, config.evaluate.tokens, context.device)
-    return evaluate_absorption(model, sae, sequences, strings)
+    sequences = subject.held_out(config.evaluate.tokens)
+    return evaluate_absorption(subject.model, subject.final, sequences, strings)
 
 
-def _held_out(stream: SequenceStream, tokens: int, device: torch.device) -> Iterator[Tensor]:
-    """A fixed random choice of ``tokens`` held-out tokens, the same for every SAE, none twice."""
-    wanted = min(-(-tokens // stream.seq_len), stream.n_sequences)
-    for start in range(0, wanted, SEQUENCES_PER_BATCH):
-        count = min(SEQUENCES_PER_BATCH, wanted - start)
-        yield stream.sequences(start, count, seed=0).to(device)
+_PARTS: dict[str, Callable[[_Subject], Any]] = {
+    "phases": _phases,
+    "threshold_sweep": _sweep,
+    "drift": _drift,
+    "absorption": _absorption,
+}
 
 
 def _available(stream: SequenceStream) -> int:
@@ -156,5 +230,6 @@ def _rows(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _ended(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.metadata["state"]["ended_by"])
+def _controller(rows: list[dict[str, float]], checkpoint: Checkpoint) -> dict[str, Any]:
+    state = checkpoint.metadata["state"]
+    return {**control_summary(rows, state["phase"]), "ended_by": state["ended_by"]}

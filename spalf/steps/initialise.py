@@ -23,6 +23,7 @@ def initialise_step(config: RunConfig, calibration: Path, out: Path, context: St
 
     Raises:
         UserError: the calibration is damaged, or ``V_cap`` does not fit F.
+        Busy: another process is at work on ``out``.
     """
     known = load_calibration(calibration, config, context.device)
     sae = StratifiedSAE(
@@ -52,6 +53,6 @@ def initialise_step(config: RunConfig, calibration: Path, out: Path, context: St
         "inputs": {"calibration": known.digests},
         "environment": environment(context),
     }
-    with exclusive(out.with_name(f"{out.name}.checkpoints")):
+    with exclusive(out, context):
         out.mkdir(parents=True, exist_ok=True)
         write_checkpoint(out, Checkpoint({"model": weights, "tensors": constants}, metadata))

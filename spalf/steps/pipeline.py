@@ -15,11 +15,12 @@ from spalf.steps.train import phase1, phase2
 def train_run(config: RunConfig, context: StepContext) -> Path:
     """Run every step into ``config.output_dir`` and return the path of ``evaluation.json``.
 
-    A step whose ``metadata.json`` exists is not repeated; to run one again, delete its directory.
+    A finished step is not repeated; to run one again, delete its directory.
 
     Raises:
         UserError: bad input, found by whichever step meets it first.
         Interrupted: asked to stop; the next call continues.
+        Busy: another process is at work on the same directory.
     """
     base = Path(config.output_dir)
     calibration, init = base / "calibration", base / "init"

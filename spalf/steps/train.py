@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,23 +18,32 @@ from spalf.checkpoint import (
     CheckpointStore,
     fingerprint,
     read_checkpoint,
+    read_metadata,
     write_checkpoint,
 )
-from spalf.checkpoint.files import read_metadata
 from spalf.config import RunConfig, describe, schedule
 from spalf.controller import initial_state
-from spalf.errors import UserError
+from spalf.errors import Diverged, Interrupted, StopRequested, UserError
+from spalf.sae import StratifiedSAE
 from spalf.steps.calibrate import Calibration, load_calibration
 from spalf.steps.context import (
     CheckpointClock,
     StepContext,
     environment,
     exclusive,
+    finished,
     training_settings,
+    working_directory,
 )
 from spalf.training.loop import Hooks, phase_end, run_phase
 from spalf.training.metrics import MetricsLog
-from spalf.training.phase import Phase, enter_phase_two, phase_one, phase_two
+from spalf.training.phase import (
+    Phase,
+    enter_phase_two,
+    metric_variance,
+    phase_one,
+    phase_two,
+)
 from spalf.training.state import (
     TrainState,
     from_checkpoint,
@@ -49,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 TRIM_TOKENS = 65_536
 """Training tokens on which the thresholds are trimmed at the end of a phase."""
+
+METRICS = "metrics.jsonl"
 
 LAMBDA_START = [4.0, 0.0, 0.0]
 """Multipliers at step 0, in the order of `spalf.constraints.CONSTRAINTS`."""
@@ -68,13 +78,12 @@ class _Job:
     def working(self) -> Path:
         return working_directory(self.out)
 
-
-def working_directory(out: Path) -> Path:
-    """Where a step keeps its checkpoints: beside its output, not in it.
-
-    Snakemake deletes the declared outputs of a job that failed; what lies beside them survives.
-    """
-    return out.with_name(f"{out.name}.checkpoints")
+    def save(self, store: CheckpointStore, state: TrainState) -> None:
+        """Write a checkpoint of ``state``, with the metrics log as it was then."""
+        saved = to_checkpoint(state, {})
+        _require_finite(saved, state.step)
+        log = {METRICS: self.working / METRICS}
+        store.save(state.step, Checkpoint(saved.tensors, saved.metadata, log))
 
 
 def phase1(
@@ -88,6 +97,8 @@ def phase1(
     Raises:
         UserError: an input is missing, damaged or of another run.
         Interrupted: asked to stop; a checkpoint was written.
+        Diverged: something was not finite; the state before that step was written.
+        Busy: another process is at work on ``out``.
     """
 
     def start() -> TrainState:
@@ -110,6 +121,8 @@ def phase2(
     Raises:
         UserError: an input is missing, damaged or of another run.
         Interrupted: asked to stop; a checkpoint was written.
+        Diverged: something was not finite; the state before that step was written.
+        Busy: another process is at work on ``out``.
     """
 
     def start() -> TrainState:
@@ -163,8 +176,21 @@ def _fresh_state(config: RunConfig, init: Path, device: torch.device) -> TrainSt
         ended_by="budget",
         stale=torch.zeros(config.F, dtype=torch.int64, device=device),
         exchange_rate=torch.full((), torch.nan, dtype=torch.float64, device=device),
-        derived={**measured, "tau_floor": (1 - config.R2_target) * measured["variance"]},
+        derived={**measured, "tau_floor": _tau_floor(config, sae)},
     )
+
+
+def _require_finite(checkpoint: Checkpoint, step: int) -> None:
+    """The last line of defence: a state that is not finite never reaches the disk."""
+    for file in ("model", "optimizer"):
+        for name, value in checkpoint.tensors[file].items():
+            if not value.isfinite().all():
+                remedy = "the checkpoint before it is kept; lower lr, or use dtype float32"
+                raise Diverged(step, f"{name} of the {file}", "after the update", remedy)
+
+
+def _tau_floor(config: RunConfig, sae: StratifiedSAE) -> float:
+    return (1 - config.R2_target) * metric_variance(sae, config.method.metric)
 
 
 def _run(
@@ -172,35 +198,48 @@ def _run(
     start: Callable[[], TrainState],
     phase_for: Callable[[TrainState, ActivationStore], Phase],
 ) -> None:
-    with exclusive(job.working):
+    with exclusive(job.out, job.context):
         if _finished(job):
-            logger.info("%s is finished already", job.out)
             return
-        store = CheckpointStore(job.working, job.identity)
+        store = CheckpointStore(job.working, job.identity, job.context.if_foreign)
         saved = store.latest("cpu")
         if saved:
             logger.info("resuming %s at step %d", job.out, saved.metadata["state"]["step"])
+            shutil.copyfile(saved.files[METRICS], job.working / METRICS)
         state = from_checkpoint(saved, job.config, job.context.device) if saved else start()
         model = job.context.load_model(job.config)
-        activations = ActivationStore(model, job.calibration.splits.train, job.config.seed)
+        activations = ActivationStore(
+            model, job.calibration.splits.train, job.config.seed, job.context.pause_point
+        )
         first_row = state.step
-        phase = phase_for(state, activations)
-        log = MetricsLog(job.working / "metrics.jsonl", first_row)
-        _train(job, state, phase, store, log)
-        log.close()
-        if state.step > phase.first_step:
-            _trim(job, state, phase, activations)
+        try:
+            phase = phase_for(state, activations)
+        except StopRequested:  # at the entry to Phase 2, which is made anew
+            raise Interrupted(first_row) from None
+        log = MetricsLog(job.working / METRICS, first_row)
+        try:
+            _train(job, state, phase, store, log)
+            if state.step > phase.first_step:
+                _trim(job, state, phase, activations)
+        except StopRequested:
+            log.sync()
+            job.save(store, state)
+            raise Interrupted(state.step) from None
+        finally:
+            log.close()
         _publish(job, state)
 
 
 def _finished(job: _Job) -> bool:
-    """Whether another process has completed this very step in the meantime."""
+    """Whether this very step has been completed, by this or another process."""
     if not (job.out / "metadata.json").exists():
         return False
     try:
-        return read_checkpoint(job.out).metadata.get("fingerprint") == job.identity
-    except UserError:
+        metadata = read_checkpoint(job.out).metadata
+    except UserError as error:
+        logger.warning("training again: %s", error)
         return False
+    return finished(job.out, metadata.get("fingerprint", {}), job.identity, job.context)
 
 
 def _train(
@@ -221,12 +260,13 @@ def _train(
         last = int(row["step"])
 
     def save(current: TrainState) -> None:
-        log.sync()
-        store.save(current.step, to_checkpoint(current, {}))
+        with clock.timed():
+            log.sync()
+            job.save(store, current)
 
     hooks = Hooks(on_log, save, clock.due, job.context.should_stop)
     try:
-        run_phase(state, phase, job.config, hooks)
+        run_phase(state, phase, job.config, hooks, job.context.skip_nonfinite)
     finally:
         progress.close()
 
@@ -236,8 +276,9 @@ def _trim(job: _Job, state: TrainState, phase: Phase, store: ActivationStore) ->
     log_tau, floor = float(state.controller.log_tau), phase.gains.log_tau_floor
     if not job.config.method.setpoint or log_tau <= floor + phase.gains.tolerance:
         return
-    per_pass = HARVEST_TOKENS // store.stream.seq_len
-    batches = (store.harvest(i * per_pass, per_pass) for i in range(TRIM_TOKENS // HARVEST_TOKENS))
+    per_pass = max(1, HARVEST_TOKENS // store.stream.seq_len)
+    passes = max(1, TRIM_TOKENS // (per_pass * store.stream.seq_len))
+    batches = (store.harvest(i * per_pass, per_pass) for i in range(passes))
     factor = threshold_factor(state.sae, batches, job.config.L0_target)
     trim_thresholds(state.sae, factor)
     state.derived[f"threshold_trim_phase{phase.number}"] = factor
@@ -254,8 +295,7 @@ def _publish(job: _Job, state: TrainState) -> None:
         "environment": environment(job.context),
     }
     job.out.mkdir(parents=True, exist_ok=True)
-    temporary = job.out / f".metrics.{os.getpid()}.tmp"
-    shutil.copyfile(job.working / "metrics.jsonl", temporary)
-    temporary.replace(job.out / "metrics.jsonl")
     checkpoint = to_checkpoint(state, metadata)
-    write_checkpoint(job.out, Checkpoint(checkpoint.tensors, checkpoint.metadata))
+    _require_finite(checkpoint, state.step)
+    log = {METRICS: job.working / METRICS}
+    write_checkpoint(job.out, Checkpoint(checkpoint.tensors, checkpoint.metadata, log))

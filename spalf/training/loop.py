@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from spalf.config import RunConfig, Schedule, schedule
 from spalf.controller import ema_value
 from spalf.errors import Diverged, Interrupted
 from spalf.training.phase import Phase
+from spalf.training.position import described, stream_position
 from spalf.training.state import TrainState
-from spalf.training.step import record_row, train_step
+from spalf.training.step import first_non_finite, record_row, train_step
+
+logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 50
 SATISFIED_STEPS = 100
@@ -39,7 +44,9 @@ class Hooks:
     should_stop: Callable[[], bool]
 
 
-def run_phase(state: TrainState, phase: Phase, config: RunConfig, hooks: Hooks) -> None:
+def run_phase(
+    state: TrainState, phase: Phase, config: RunConfig, hooks: Hooks, skip_nonfinite: int = 0
+) -> None:
     """Train until the phase ends, changing ``state`` in place.
 
     Args:
@@ -47,27 +54,74 @@ def run_phase(state: TrainState, phase: Phase, config: RunConfig, hooks: Hooks) 
         phase: see `spalf.training.phase`.
         config: the run.
         hooks: logging, checkpoints, interruption.
+        skip_nonfinite: batches of the phase that may be passed over because the loss or a
+            gradient is not finite; they are recorded in ``state.skipped``.
 
     Raises:
         Interrupted: ``hooks.should_stop`` said so; a checkpoint was written first.
-        Diverged: a gradient was not finite at a logged step; nothing was written.
+        Diverged: something was not finite; a checkpoint of the state before that step was written.
+        StopRequested: from the stream of batches; ``state`` is between two steps.
     """
     plan = schedule(config)
     batches = phase.batches(state.step - phase.first_step)
     while state.step < phase_end(state, phase, plan):
-        record = train_step(state, next(batches), phase, config, plan)
-        # A float, read on the host, only when it is logged anyway: no step waits for the device.
-        if state.step % config.runtime.log_every_steps == 0:
-            row = record_row(state, record, config, max(1, DEAD_TOKENS // config.batch_size))
-            _require_finite(row, config)
-            hooks.log(row)
-        if phase.may_converge and state.step % CHECK_EVERY == 0:
+        batch = next(batches)
+        state.guard.remember(state)
+        record = train_step(state, batch, phase, config, plan)
+        stop, due = hooks.should_stop(), hooks.checkpoint_due(state.step)
+        logged = state.step % config.runtime.log_every_steps == 0
+        checked = state.step % CHECK_EVERY == 0
+        last = state.step == phase_end(state, phase, plan)
+        # The device is read only where it is read anyway: no other step waits for it.
+        if (stop or due or logged or checked or last) and state.guard.rewind(state):
+            batches = pass_over(state, phase, config, hooks, skip_nonfinite)
+            continue
+        if logged:
+            hooks.log(record_row(state, record, config, max(1, DEAD_TOKENS // config.batch_size)))
+        if checked and phase.may_converge:
             check_convergence(state, plan)
-        if hooks.should_stop():
+        if stop or due:
             hooks.checkpoint(state)
+        if stop:
             raise Interrupted(state.step)
-        if hooks.checkpoint_due(state.step):
-            hooks.checkpoint(state)
+
+
+def pass_over(
+    state: TrainState, phase: Phase, config: RunConfig, hooks: Hooks, allowed: int
+) -> Iterator[Tensor]:
+    """Find out what was not finite in the coming batch, and go past it if that is allowed.
+
+    Args:
+        state: before the batch's step.
+        phase: as for `run_phase`; likewise ``config`` and ``hooks``.
+        config: the run.
+        hooks: logging, checkpoints, interruption.
+        allowed: batches of this phase that may be passed over.
+
+    Returns:
+        The batches that follow.
+
+    Raises:
+        Diverged: as many batches were passed over before; a checkpoint was written.
+    """
+    batches = phase.batches(state.step - phase.first_step)
+    tensor = first_non_finite(state, next(batches), phase, config, schedule(config))
+    phase1_end = phase.first_step if phase.number == 2 else None
+    position = stream_position(config, phase1_end, state.step)
+    step = state.step + 1
+    if sum(found["step"] > phase.first_step for found in state.skipped) >= allowed:
+        hooks.checkpoint(state)
+        remedy = (
+            f"the state before it is kept; lower lr = {config.lr:g}, use dtype float32, or go past "
+            "such batches with --skip-nonfinite N"
+        )
+        raise Diverged(step, tensor, described(position), remedy)
+    logger.warning(
+        "%s not finite at step %d (%s): batch skipped", tensor, step, described(position)
+    )
+    state.skipped.append({"step": step, "tensor": tensor, "stream": position})
+    state.step = step
+    return batches
 
 
 def phase_end(state: TrainState, phase: Phase, plan: Schedule) -> int:
@@ -102,13 +156,3 @@ def _stands_still(state: TrainState, plan: Schedule) -> bool:
         return False
     then, now = earlier[-1], state.history[-1]
     return all(abs(now[i] - then[i]) < STILL for i in (1, 2))
-
-
-def _require_finite(row: Mapping[str, float | int], config: RunConfig) -> None:
-    for name in ("mse", "gradient_norm", "l0"):
-        if not math.isfinite(row[name]):
-            first = int(row["step"]) - config.runtime.log_every_steps + 1
-            raise Diverged(
-                f"{name} is {row[name]} at step {row['step']} (or up to {first - row['step']:d} "
-                f"steps before): lower lr = {config.lr:g}, or use dtype float32"
-            )

@@ -14,12 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spalf.activations import ActivationStore, buffer_position, patched_losses
+from spalf.activations import ActivationStore, patched_losses
 from spalf.config import RunConfig, Schedule, schedule
 from spalf.constraints import blended_error
 from spalf.controller import ControllerGains
 from spalf.sae import SAEOutput, StratifiedSAE
+from spalf.training.position import first_sequence_of_phase_two
 from spalf.training.state import TrainState
+
+FLOOR_MARGIN = 0.05
+"""How far below (1 − R2_target)·Var, in log units, the budget may sink: a run that rests there
+meets R2_target on held-out tokens too, instead of missing it by a hair."""
 
 
 class Observation(NamedTuple):
@@ -111,12 +116,12 @@ def phase_one_gains(config: RunConfig, plan: Schedule, sae: StratifiedSAE) -> Co
         omega_c=plan.omega_c,
         omega_o=plan.omega_o,
         v_max=plan.v_max,
-        beta_fast=1 - 10 * plan.omega_c,
-        beta_slow=1 - plan.omega_c,
+        beta_fast=plan.beta_fast,
+        beta_slow=plan.beta_slow,
         c_eta=config.constants.c_eta if config.method.capu else None,
         k_s=plan.k_s if config.method.setpoint else 0.0,
         k_p=plan.k_p,
-        log_tau_floor=math.log(floor),
+        log_tau_floor=math.log(floor) - FLOOR_MARGIN,
     )
 
 
@@ -139,9 +144,7 @@ def sequence_batches(
     config: RunConfig, store: ActivationStore, phase1_end: int, start: int
 ) -> Iterator[Tensor]:
     """Batches of sequences ``[batch_size / seq_len, seq_len]``, after Phase 1's last block."""
-    plan = schedule(config)
-    chunk, _ = buffer_position(max(0, phase1_end - 1), config.batch_size, plan.block_tokens)
-    first = (chunk + 1) * (plan.block_tokens // config.seq_len)
+    first = first_sequence_of_phase_two(config, phase1_end)
     per_batch = config.batch_size // config.seq_len
     while True:
         yield store.sequences(first + start * per_batch, per_batch)

@@ -14,6 +14,7 @@ from spalf.controller import ControllerState
 from spalf.controller.controller import from_tensors, to_tensors
 from spalf.errors import UserError
 from spalf.sae import StratifiedSAE
+from spalf.training.guard import FiniteGuard
 from spalf.whitening import SoftZCA
 
 PARAMETERS = ("W_enc", "b_enc", "log_threshold", "W_dec", "b_dec")
@@ -36,6 +37,8 @@ class TrainState:
         exchange_rate: E‖x − x̂‖²/KL at the entry to Phase 2, float64 scalar; NaN before.
         history: (step, log τ, log L0/L0_ref) at the convergence checks (M15).
         derived: measured derived parameters, by name.
+        skipped: batches passed over because something was not finite.
+        guard: sees to it that the state stays finite; not part of a checkpoint.
     """
 
     sae: StratifiedSAE
@@ -50,6 +53,11 @@ class TrainState:
     exchange_rate: Tensor
     history: list[tuple[int, float, float]] = field(default_factory=list)
     derived: dict[str, float | int] = field(default_factory=dict)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    guard: FiniteGuard = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.guard = FiniteGuard(self.stale.device)
 
 
 def make_optimizer(sae: StratifiedSAE, lr: float) -> torch.optim.Adam:
@@ -113,6 +121,7 @@ def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> Checkpoint:
         "ended_by": state.ended_by,
         "history": state.history,
         "derived": state.derived,
+        "skipped": state.skipped,
     }
     files = {"model": weights, "tensors": constants, "control": control, "optimizer": optimizer}
     return Checkpoint(files, {**metadata, "state": scalars})
@@ -143,4 +152,5 @@ def from_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.dev
         ended_by=scalars["ended_by"],
         history=[(int(step), tau, l0) for step, tau, l0 in scalars["history"]],
         derived=scalars["derived"],
+        skipped=scalars["skipped"],
     )

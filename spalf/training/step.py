@@ -68,19 +68,8 @@ def train_step(
     """
     lr = learning_rate(plan, config.lr, state.step, state.cooldown_start)
     l0_ref = l0_reference(plan, config.L0_target, state.step)
-    observed = phase.observe(state, batch)
-    violations = _violations(state, observed, config, plan)
-    objective = sparsity_objective(
-        observed.output.l0,
-        observed.output.subthreshold,
-        l0_ref=l0_ref,
-        lambda_disc=lambda_disc(plan, state.step, state.cooldown_start),
-        d_model=state.sae.d_model,
-    )
+    observed, violations, loss = _forward(state, batch, phase, config, plan)
     control = state.controller
-    loss = augmented_lagrangian(
-        objective, violations.differentiable, control.law.multiplier, control.rho
-    )
     gradient_norm = _descend(state, loss, lr)
     _after_descent(state, observed, config)
     l0 = observed.output.l0.detach().double().mean()
@@ -89,6 +78,50 @@ def train_step(
     state.step += 1
     kl = observed.mse.new_full((), torch.nan) if observed.kl is None else observed.kl
     return StepRecord(lr, l0_ref, l0, observed.mse, kl, violations.observed, gradient_norm)
+
+
+def _forward(
+    state: TrainState, batch: Tensor, phase: Phase, config: RunConfig, plan: Schedule
+) -> tuple[Observation, Violations, Tensor]:
+    """What the batch shows, the constraint violations, and the augmented Lagrangian (M10)."""
+    observed = phase.observe(state, batch)
+    violations = _violations(state, observed, config, plan)
+    objective = sparsity_objective(
+        observed.output.l0,
+        observed.output.subthreshold,
+        l0_ref=l0_reference(plan, config.L0_target, state.step),
+        lambda_disc=lambda_disc(plan, state.step, state.cooldown_start),
+        d_model=state.sae.d_model,
+    )
+    control = state.controller
+    loss = augmented_lagrangian(
+        objective, violations.differentiable, control.law.multiplier, control.rho
+    )
+    return observed, violations, loss
+
+
+def first_non_finite(
+    state: TrainState, batch: Tensor, phase: Phase, config: RunConfig, plan: Schedule
+) -> str:
+    """Name the first tensor, in the order of the computation, that is not finite for ``batch``.
+
+    Repeats the step without its update; ``state`` is as it was before it.
+    """
+    if batch.is_floating_point() and not batch.isfinite().all():
+        return "activations"
+    observed, violations, loss = _forward(state, batch, phase, config, plan)
+    output = observed.output
+    seen = {"pre-activations": output.pre, "codes": output.z, "reconstruction": output.x_hat}
+    seen |= {"kl": observed.kl} if observed.kl is not None else {}
+    seen |= {"violations": violations.observed, "loss": loss}
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    seen |= {
+        f"gradient of {n}": p.grad for n, p in state.sae.named_parameters() if p.grad is not None
+    }
+    bad = [name for name, value in seen.items() if not value.isfinite().all()]
+    state.optimizer.zero_grad(set_to_none=True)
+    return bad[0] if bad else "gradient norm"
 
 
 def _violations(
@@ -115,8 +148,9 @@ def _descend(state: TrainState, loss: Tensor, lr: float) -> Tensor:
     loss.backward()
     state.sae.project_gradient()
     norm = clip_grad_norm_(state.sae.parameters(), GRADIENT_NORM)
-    state.optimizer.step()
-    state.sae.normalise_free_columns()
+    state.guard.observe(loss, norm)
+    state.guard.update(state.optimizer)
+    state.sae.normalise_free_columns(unless=state.guard.found)
     return norm
 
 
@@ -124,7 +158,7 @@ def _after_descent(state: TrainState, observed: Observation, config: RunConfig) 
     output = observed.output
     fired = (output.z.detach() > 0).any(dim=0)
     state.stale = torch.where(fired, torch.zeros_like(state.stale), state.stale + 1)
-    if (state.step + 1) % BANDWIDTH_EVERY == 0:
+    if (state.step + 1) % BANDWIDTH_EVERY == 0 and not state.guard.stalled():
         state.sae.refresh_bandwidth(output.pre.detach()[:BANDWIDTH_TOKENS], config.constants.c_eps)
 
 

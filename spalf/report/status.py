@@ -1,0 +1,173 @@
+"""Which steps of a sweep are done, which run, and why the others stopped — from files alone.
+
+Every step's log begins with the job and the node it ran on; what Slurm itself said about a job
+(a time limit, a lost node) is in the log of that job.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+CELL_STEPS = ("init", "phase1", "phase2", "evaluate")
+SLURM_LOGS = Path("logs", "slurm")
+PLACE = re.compile(r"^job (?P<job>\S+) on (?P<node>[^\s,]+)")
+SLURM_SAYS = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ (?P<reason>.*?) \*\*\*")
+OUT_OF_MEMORY = re.compile(r"oom.kill|out.of.memory", re.IGNORECASE)
+QUEUED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """One step of one cell that was started.
+
+    Attributes:
+        cell: ``<model>`` or ``<model> L0_<target> seed_<seed>``.
+        step: name of the step.
+        state: ``done``, ``stopped``, or what the queue says (``running``, ``pending``).
+        job: id of its last job; empty where no scheduler was involved.
+        node: where that ran; empty where it did not get to start.
+        reason: why it stopped, in the last words of Slurm or of the step.
+        logs: where to read more, the step's own log first.
+    """
+
+    cell: str
+    step: str
+    state: str
+    job: str
+    node: str
+    reason: str
+    logs: tuple[Path, ...]
+
+    def describe(self) -> str:
+        """Two lines: what and why; where and which logs."""
+        where = f"job {self.job}" if self.job else "no scheduler's job"
+        where += f" on {self.node}" if self.node else ""
+        logs = ", ".join(str(log) for log in self.logs)
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.cell} {self.step} {self.state}{why}\n    {where}; log: {logs}"
+
+
+def sweep_status(results: Path) -> list[StepStatus]:
+    """Every step that was started under ``results``, models and cells in order of name."""
+    queue = queued_jobs()
+    found = [
+        _status(results, folder, step, outcome, queue) for folder, step, outcome in _steps(results)
+    ]
+    return [status for status in found if status]
+
+
+def describe_stopped(results: Path) -> str:
+    """The steps that stopped before they were done, for the end of a run; empty if none did."""
+    stopped = [status for status in sweep_status(results) if status.state == "stopped"]
+    if not stopped:
+        return ""
+    steps = "1 step" if len(stopped) == 1 else f"{len(stopped)} steps"
+    lines = "\n".join(status.describe() for status in stopped)
+    return f"{steps} failed or stopped; what is done is kept, the same command continues:\n{lines}"
+
+
+def describe_status(results: Path) -> str:
+    """Counts by state, then every step that is not done."""
+    everything = sweep_status(results)
+    if not everything:
+        return f"nothing was started under {results}"
+    states = [status.state for status in everything]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    open_steps = [status.describe() for status in everything if status.state != "done"]
+    return "\n".join([counts, *open_steps])
+
+
+def queued_jobs() -> Mapping[str, str]:
+    """State of this user's jobs in Slurm's queue by id; empty where there is no Slurm."""
+    if shutil.which("squeue") is None:
+        return {}
+    command = ["squeue", "--me", "--noheader", "--format=%i|%T"]
+    try:
+        rows = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    pairs = (row.split("|", 1) for row in rows.splitlines() if "|" in row)
+    return {job.strip(): state.strip() for job, state in pairs}
+
+
+def _steps(results: Path) -> Iterator[tuple[Path, str, Path]]:
+    """Folder, step and the file that says it is done, for everything that could have started."""
+    for model in sorted(path for path in results.glob("*") if path.is_dir()):
+        yield model / "calibration", "calibrate", model / "calibration" / "metadata.json"
+        for cell in sorted(model.glob("L0_*/seed_*"), key=_numbers):
+            for step in CELL_STEPS:
+                outcome = Path("evaluation.json") if step == "evaluate" else Path(step)
+                done = cell / outcome
+                yield cell, step, done if step == "evaluate" else done / "metadata.json"
+
+
+def _numbers(cell: Path) -> tuple[float, float]:
+    target, seed = cell.parent.name.removeprefix("L0_"), cell.name.removeprefix("seed_")
+    try:
+        return float(target), float(seed)
+    except ValueError:
+        return float("inf"), 0.0
+
+
+def _status(
+    results: Path, folder: Path, step: str, outcome: Path, queue: Mapping[str, str]
+) -> StepStatus | None:
+    log = folder / "logs" / f"{step}.log"
+    job, node = _place(log)
+    slurm_log = _slurm_log(results, folder, step)
+    if slurm_log and (not job or int(slurm_log.stem) > int(job)):
+        job, node = slurm_log.stem, ""
+    logs = tuple(path for path in (log, slurm_log) if path and path.exists())
+    if not logs and not outcome.exists():
+        return None
+    if outcome.exists():
+        state, reason = "done", ""
+    elif queue.get(job) in QUEUED:
+        state, reason = queue[job].lower(), ""
+    else:
+        state, reason = "stopped", _reason(log, slurm_log)
+    parts = [folder.parent.name] if step == "calibrate" else folder.parts[-3:]
+    return StepStatus(" ".join(parts), step, state, job, node, reason, logs)
+
+
+def _place(log: Path) -> tuple[str, str]:
+    lines = _lines(log)
+    found = PLACE.match(lines[0]) if lines else None
+    if not found:
+        return "", ""
+    return found["job"].strip("-"), found["node"]
+
+
+def _slurm_log(results: Path, folder: Path, step: str) -> Path | None:
+    """Slurm's log of the last job of a step that failed; those of finished ones are deleted."""
+    if step == "calibrate":
+        name = folder.parent.name
+    else:
+        target, seed = folder.parent.name[3:], folder.name[5:]
+        name = f"{folder.parent.parent.name}_{target}_{seed}"
+    logs = (results / SLURM_LOGS / f"rule_{step}" / name).glob("*.log")
+    numbered = [path for path in logs if path.stem.isdigit()]
+    return max(numbered, key=lambda path: int(path.stem), default=None)
+
+
+def _reason(log: Path, slurm_log: Path | None) -> str:
+    said = "\n".join(_lines(slurm_log)) if slurm_log else ""
+    announced = SLURM_SAYS.findall(said)
+    if announced:
+        return str(announced[-1])
+    if OUT_OF_MEMORY.search(said):
+        return "out of memory"
+    lines = [line for line in _lines(log) if line.strip() and not PLACE.match(line)]
+    return lines[-1].strip() if lines else "it left no word"
+
+
+def _lines(log: Path) -> list[str]:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

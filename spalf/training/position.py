@@ -1,0 +1,46 @@
+"""Where in the training stream the batch of a step lies, for people who want to look at it."""
+
+from __future__ import annotations
+
+from spalf.activations import buffer_position
+from spalf.config import RunConfig, schedule
+
+
+def first_sequence_of_phase_two(config: RunConfig, phase1_end: int) -> int:
+    """Index of the first training sequence after Phase 1's last block (M16, M18)."""
+    plan = schedule(config)
+    chunk, _ = buffer_position(max(0, phase1_end - 1), config.batch_size, plan.block_tokens)
+    return (chunk + 1) * (plan.block_tokens // config.seq_len)
+
+
+def stream_position(config: RunConfig, phase1_end: int | None, step: int) -> dict[str, int]:
+    """Training sequences that the batch of ``step`` (counted from 0) is drawn from.
+
+    Args:
+        config: the run.
+        phase1_end: step at which Phase 1 ended, for a step of Phase 2; else ``None``.
+        step: optimiser steps done before it.
+
+    Returns:
+        ``first_sequence`` and ``last_sequence`` in training order and, in Phase 1, ``chunk`` and
+        ``offset`` in the mixing buffer.
+    """
+    if phase1_end is not None:
+        per_batch = config.batch_size // config.seq_len
+        first = first_sequence_of_phase_two(config, phase1_end) + (step - phase1_end) * per_batch
+        return {"first_sequence": first, "last_sequence": first + per_batch - 1}
+    block = schedule(config).block_tokens
+    chunk, offset = buffer_position(step, config.batch_size, block)
+    per_block = block // config.seq_len
+    # A chunk mixes its own block with the one before it.
+    first, last = max(0, chunk - 1) * per_block, (chunk + 1) * per_block - 1
+    return {"first_sequence": first, "last_sequence": last, "chunk": chunk, "offset": offset}
+
+
+def described(position: dict[str, int]) -> str:
+    """A position in words."""
+    first, last = position["first_sequence"], position["last_sequence"]
+    text = f"training sequences {first} to {last}"
+    if "chunk" in position:
+        text += f", buffer chunk {position['chunk']}, offset {position['offset']}"
+    return text

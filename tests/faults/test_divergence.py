@@ -1,0 +1,159 @@
+"""Numbers that stop being finite: found to the step, named, kept out of the weights, gone past."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.faults.conftest import Run, assert_same
+
+
+def _bad_activations(*steps: int) -> Callable[[], None]:
+    """Put a NaN into the batches of these steps, counted from 1; every time they are made."""
+
+    def install() -> None:
+        from spalf.activations import ActivationStore
+
+        batches = ActivationStore.batches
+
+        def spoiled(
+            store: ActivationStore, batch_size: int, block_tokens: int, start_step: int = 0
+        ) -> Iterator[torch.Tensor]:
+            stream = batches(store, batch_size, block_tokens, start_step)
+            for step, batch in enumerate(stream, start=start_step + 1):
+                if step in steps:
+                    batch = batch.clone()
+                    batch[3, 5] = float("nan")
+                yield batch
+
+        ActivationStore.batches = spoiled  # type: ignore[method-assign]
+
+    return install
+
+
+def _bad_gradient(parameter: str, value: float, *steps: int) -> Callable[[], None]:
+    """Make the gradient of a parameter bad at these steps, counted from 1."""
+
+    def install() -> None:
+        from spalf.training import loop
+
+        for name in ("train_step", "first_non_finite"):
+            setattr(loop, name, _spoiling(getattr(loop, name)))
+
+    def _spoiling(function: Callable[..., Any]) -> Callable[..., Any]:
+        def spoiling(state: Any, *args: Any) -> Any:
+            def spoil(gradient: torch.Tensor) -> torch.Tensor:
+                return torch.full_like(gradient, value)
+
+            if state.step + 1 not in steps:
+                return function(state, *args)
+            handle = getattr(state.sae, parameter).register_hook(spoil)
+            try:
+                return function(state, *args)
+            finally:
+                handle.remove()
+
+        return spoiling
+
+    return install
+
+
+CASES = [
+    (_bad_activations(22), "activations not finite at step 22"),
+    (_bad_activations(1), "activations not finite at step 1 "),
+    (_bad_gradient("W_enc", float("nan"), 19), "gradient of W_enc not finite at step 19"),
+    (
+        _bad_gradient("log_threshold", float("inf"), 33),
+        "gradient of log_threshold not finite at step 33",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), CASES)
+def test_the_first_bad_step_stops_the_run_and_the_state_before_it_is_kept(
+    spoil: Callable[[], None], expected: str, fresh: Callable[[str], Run], reference: Run
+) -> None:
+    import numpy as np
+    from safetensors.numpy import load_file  # the parent of forks must start no threads
+
+    result = fresh("phase1")
+    outcome = result.run("phase1", spoil)
+    assert outcome.status == 1, outcome.errors
+    assert expected in outcome.lines[-1] and "training sequences" in outcome.lines[-1]
+    assert "--skip-nonfinite" in outcome.lines[-1] and "Traceback" not in outcome.errors
+    assert not (result.output("phase1") / "metadata.json").exists()
+    step = int(expected.split("step ")[1])
+    newest = sorted(result.working("phase1").glob("step_*"))[-1]
+    assert newest.name == f"step_{step - 1:09d}"
+    for path in newest.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            assert name == "exchange_rate" or np.isfinite(tensor).all(), (path, name)
+    # The state is that of a run in which nothing bad has happened yet.
+    again = result.run("phase1")
+    assert again.status == 0, again.errors
+    assert_same(result, reference, ("phase1/model.safetensors", "phase1/metrics.jsonl"))
+
+
+def test_phase_two_names_its_sequences(fresh: Callable[[str], Run]) -> None:
+    result = fresh("phase2")
+    outcome = result.run("phase2", _bad_gradient("W_dec", float("nan"), 56))
+    assert outcome.status == 1, outcome.errors
+    assert "gradient of W_dec not finite at step 56 (training sequences" in outcome.lines[-1]
+
+
+def test_bad_batches_are_skipped_and_recorded_up_to_the_number_allowed(
+    fresh: Callable[[str], Run],
+) -> None:
+    result = fresh("phase1")
+    outcome = result.run("phase1", _bad_activations(10, 22, 23), "--skip-nonfinite", "2")
+    assert outcome.status == 1
+    assert "not finite at step 23" in outcome.lines[-1]
+    assert outcome.errors.count("batch skipped") == 2
+    outcome = result.run("phase1", _bad_activations(10, 22, 23), "--skip-nonfinite", "3")
+    assert outcome.status == 0, outcome.errors
+    metadata = json.loads((result.output("phase1") / "metadata.json").read_text())
+    skipped = metadata["state"]["skipped"]
+    assert [found["step"] for found in skipped] == [10, 22, 23]
+    assert all(found["tensor"] == "activations" for found in skipped)
+    assert all("first_sequence" in found["stream"] for found in skipped)
+
+
+def test_i10_a_run_that_skips_resumes_bit_identically(
+    fresh: Callable[[str], Run], tmp_path: Path
+) -> None:
+    bad = _bad_activations(10, 22)
+    straight = fresh("phase1")
+    assert straight.run("phase1", bad, "--skip-nonfinite", "2").status == 0
+    kept = tmp_path / "straight"
+    straight.output("phase1").rename(kept)
+    for step in (9, 11, 12, 21, 22, 23, 30):
+        straight.forget("phase1")
+        killed = straight.run("phase1", _killed_before(step, bad), "--skip-nonfinite", "2")
+        assert killed.status == -signal.SIGKILL, killed.errors
+        assert straight.run("phase1", bad, "--skip-nonfinite", "2").status == 0
+        for name in ("model.safetensors", "metrics.jsonl", "optimizer.safetensors"):
+            assert (straight.output("phase1") / name).read_bytes() == (kept / name).read_bytes()
+
+
+def _killed_before(step: int, more: Callable[[], None]) -> Callable[[], None]:
+    def install() -> None:
+        more()
+        from spalf.training import loop
+
+        original = loop.train_step
+
+        def killing(state: Any, *args: Any) -> Any:
+            if state.step + 1 == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(state, *args)
+
+        loop.train_step = killing
+
+    return install

@@ -1,0 +1,84 @@
+"""SIGKILL at every kind of moment: the run goes on, and its results are the same to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import COMPARED, Run, assert_no_litter, assert_same
+from tests.faults.harness import Events
+
+KILLS = int(os.environ.get("SPALF_FAULT_KILLS", "60"))
+"""Kills in all; ``make soak`` asks for 500."""
+
+PER_CHAIN = 6
+"""Kills of one run, one after the other, before it is left to finish."""
+
+SHARES = {"calibrate": 0.2, "phase1": 0.4, "phase2": 0.25, "evaluate": 0.15}
+
+MADE_BY = {
+    "calibrate": ("calibration/calibration.safetensors", "calibration/tokens/train.npy"),
+    "phase1": COMPARED[:2],
+    "phase2": COMPARED[2:4],
+    "evaluate": COMPARED[4:],
+}
+
+CHAINS = [
+    (step, chain)
+    for step, share in SHARES.items()
+    for chain in range(max(1, round(KILLS * share / PER_CHAIN)))
+]
+
+
+def _installed(kill_at: int | None, counter: Path) -> Callable[[], None]:
+    return lambda: Events(kill_at, counter).install()
+
+
+@pytest.mark.parametrize(("step", "chain"), CHAINS)
+def test_i10_killed_and_continued_is_bit_identical(
+    step: str,
+    chain: int,
+    reference: Run,
+    fresh: Callable[[str], Run],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    result, counter = fresh(step), tmp_path / "events"
+    choose = random.Random(f"{step} {chain}")
+    whole = _events_of(step, reference, fresh, tmp_path)
+    kills = 0
+    while kills < PER_CHAIN:
+        outcome = result.run(step, _installed(choose.randint(1, whole), counter))
+        if outcome.status == 0:  # it had got too far to be killed there; another run is
+            assert_same(result, reference, MADE_BY[step])
+            result.forget(step)
+            continue
+        assert outcome.status == -signal.SIGKILL, outcome.errors
+        kills += 1
+    outcome = result.run(step)
+    assert outcome.status == 0, outcome.errors
+    assert_same(result, reference, MADE_BY[step])
+    assert_no_litter(result)
+    record_property("kills", kills)
+
+
+_COUNTS: dict[str, int] = {}
+
+
+def _events_of(step: str, reference: Run, fresh: Callable[[str], Run], tmp_path: Path) -> int:
+    """Events of an undisturbed run of ``step``."""
+    if step not in _COUNTS:
+        counter = tmp_path / "count"
+        result = Run(tmp_path / "whole", reference.config)
+        shutil.copytree(reference.directory, result.directory)
+        result.forget(step)
+        outcome = result.run(step, _installed(None, counter))
+        assert outcome.status == 0, outcome.errors
+        _COUNTS[step] = int(counter.read_text())
+    return _COUNTS[step]
