@@ -61,7 +61,7 @@ class ControllerState(NamedTuple):
         law: multipliers, disturbance estimate, previous saturated violation.
         fast: fast EMA of the violation.
         slow: slow EMA of the violation.
-        mean_square: slow EMA of the squared saturated violation.
+        mean_square: slow EMA of the squared fast violation.
         first: the first violation seen.
         rho: penalty coefficients.
         l0_ratio: slow EMA of L0/L0_ref, scalar; the ratio, so that a moving reference adds no lag.
@@ -135,15 +135,17 @@ def update(
     """
     fast = ema_update(state.fast, reading.violations, gains.beta_fast)
     slow = ema_update(state.slow, reading.violations, gains.beta_slow)
-    v = ema_value(fast).clamp(-gains.v_max, gains.v_max)
+    g = ema_value(fast)
+    v = g.clamp(-gains.v_max, gains.v_max)
     is_first = state.fast.weight == 0
-    first = torch.where(is_first, v, state.first)
+    # The penalties see the violation unsaturated: how far from its bound is what they are about.
+    first = torch.where(is_first, g, state.first)
     # Without this the observer would read the first violation as a jump from zero.
     law_state = state.law._replace(previous=torch.where(is_first, v, state.law.previous))
     law = LAWS[gains.law](
         law_state, v, omega_c=gains.omega_c, omega_o=gains.omega_o, lambda_max=gains.lambda_max
     )
-    mean_square = ema_update(state.mean_square, v.square(), gains.beta_slow)
+    mean_square = ema_update(state.mean_square, g.square(), gains.beta_slow)
     frozen = gains.c_eta is None
     rho = state.rho if frozen else penalties(ema_value(mean_square), first, gains.c_eta or 0.0)
     l0_ratio = ema_update(state.l0_ratio, reading.l0 / reading.l0_ref, gains.beta_slow)
