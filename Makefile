@@ -1,4 +1,5 @@
-# make demo | test | lint | typecheck | clean. The environment is .venv, from requirements.lock.
+# make demo | test | test-slurm | test-faults | soak | lint | typecheck | clean.
+# The environment is .venv, from requirements.lock.
 SHELL := /bin/sh
 PYTHON ?= python3
 LOCK_STAMP := .venv/.installed-lock
@@ -6,7 +7,7 @@ CODE_STAMP := .venv/.installed-package
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: demo test lint typecheck clean install
+.PHONY: demo test test-slurm test-faults soak lint typecheck clean install
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -14,7 +15,18 @@ demo: install
 	@echo "The frontier: results/figures/pareto.png; as numbers: results/tables/frontier.csv"
 
 test: install
-	@python -m pytest
+	@python -m pytest --numprocesses 2 -m "not faults" --ignore tests/slurm
+
+# A Slurm on the loopback interface; skipped, with the reason, where that is not possible.
+test-slurm: install
+	@workflow/scripts/install_slurm.sh
+	@SPALF_TEST_SLURM=1 python -m pytest tests/slurm --numprocesses 3
+
+test-faults: install
+	@python -m pytest tests/faults
+
+soak: install
+	@SPALF_FAULT_KILLS=500 SPALF_FAULT_WORKFLOW_KILLS=50 python -m pytest tests/faults
 
 lint: install
 	ruff check .

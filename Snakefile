@@ -30,5 +30,13 @@ rule all:
         rules.figures.output,
 
 
+onstart:
+    note_holder()
+
+
 onsuccess:
     prune_checkpoints()
+
+
+onerror:
+    name_stopped_steps()

@@ -1,8 +1,8 @@
-"""What each step of the workflow reads from the configuration, and what it needs to run.
+"""What each step of the workflow reads from the configuration.
 
 Snakemake reruns a step when its ``params`` change, so a step's params hold exactly the fields it
 depends on. How a step executes (device, threads, checkpoint interval) travels in its resources,
-which rerun nothing. No torch here: the DAG is built from this module.
+which rerun nothing (`workflow.resources`). No torch here: the DAG is built from this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from spalf.config import EvaluateConfig, RunConfig, schedule
+from spalf.config import EvaluateConfig, RunConfig
 
 REVISIONS = {
     "calibrate": 1,
@@ -37,7 +37,11 @@ _TRAIN = {name: True for name in RunConfig.model_fields if name not in {"output_
 
 FIELDS: dict[str, dict[str, Any]] = {
     "calibrate": _STREAM
-    | {"constants": {"delta_cov", "delta_rank", "kappa"}, "evaluate": {"tokens"}},
+    | {
+        "constants": {"delta_cov", "delta_rank", "kappa"},
+        "evaluate": {"tokens"},
+        "method": {"whitening"},
+    },
     "init": _STREAM
     | dict.fromkeys(("F", "L0_target", "seed"), True)
     | {
@@ -74,65 +78,6 @@ def _with_evaluation_reserve(config: RunConfig) -> RunConfig:
     needed = max(config.evaluate.tokens, config.evaluate.sweep_tokens, EvaluateConfig().tokens)
     reserve = config.evaluate.model_copy(update={"tokens": 2 ** math.ceil(math.log2(needed))})
     return config.model_copy(update={"evaluate": reserve})
-
-
-def execution(config: RunConfig) -> str:
-    """How a step runs, as JSON for ``--runtime``; nothing here reruns anything."""
-    return config.runtime.model_dump_json(exclude={"log_every_steps"}, exclude_defaults=True)
-
-
-def threads(config: RunConfig) -> int:
-    """CPU threads of a step: as configured, else four, or one where cells share the CPU."""
-    if config.runtime.threads is not None:
-        return config.runtime.threads
-    return 1 if config.runtime.device == "cpu" else 4
-
-
-def gpus(config: RunConfig) -> int | None:
-    """One GPU unless the configuration says ``cpu``; ``None`` asks for none."""
-    return None if config.runtime.device == "cpu" else 1
-
-
-def memory_mb(step: str, config: RunConfig, attempt: int = 1) -> int:
-    """Memory in MB: program, language model, activation buffer and SAE with Adam's moments.
-
-    The width of the language model is not known before it is loaded; d = F/16 is the usual
-    expansion factor, and each retry asks for half as much again.
-    """
-    d_model = max(64, config.F // 16)
-    d_vocab = 50_000
-    bytes_per_weight = 4 if config.dtype == "float32" else 2
-    blocks = 12 * math.ceil(d_model / 64) * d_model**2  # a transformer about d/64 layers deep
-    language_model = bytes_per_weight * (blocks + 2 * d_vocab * d_model)
-    logits = 3 * 4 * config.batch_size * min(d_vocab, 32 * d_model)
-    buffer = 2 * 4 * schedule(config).block_tokens * d_model
-    dense = {"calibrate": 8 * 4 * d_model**2, "init": 2 * 4 * 2 * config.F * d_model}
-    sae = dense.get(step, 4 * 4 * 2 * config.F * d_model + 6 * 4 * config.batch_size * config.F)
-    needed = 1500e6 + 1.2 * (language_model + logits + buffer + sae)
-    return math.ceil(needed * (1 + 0.5 * (attempt - 1)) / 1e6)
-
-
-def minutes(step: str, config: RunConfig, attempt: int = 1) -> int:
-    """Wall-clock minutes to ask for, from the token budget; each retry asks for more.
-
-    Assumes a sustained 2 TFLOP/s with a GPU and 10 GFLOP/s a thread without: far below what is
-    usual, because a time limit that is too short costs more than one that is too long.
-    """
-    d_model = max(64, config.F // 16)
-    language_model = 2 * 12 * math.ceil(d_model / 64) * d_model**2
-    sae = 12 * config.F * d_model
-    plan = schedule(config)
-    flops = {
-        "calibrate": config.total_tokens * language_model,
-        "init": plan.block_tokens * (language_model + sae),
-        "phase1": plan.phase1_steps * config.batch_size * (language_model + sae),
-        "phase2": plan.phase2_steps * config.batch_size * (3 * language_model + sae),
-        "evaluate": (config.evaluate.tokens + config.evaluate.sweep_tokens * 8)
-        * (2 * language_model + sae)
-        * 2,
-    }
-    rate = 2e12 if gpus(config) else 1e10 * threads(config)
-    return attempt * (15 + math.ceil(flops[step] / rate / 60))
 
 
 def typed(overrides: Mapping[str, Any]) -> dict[str, Any]:

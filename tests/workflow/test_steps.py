@@ -13,7 +13,7 @@ from spalf.config import RunConfig, load_run, load_sweep, parse
 from spalf.report import aggregate
 from tests.workflow import synthetic
 from tests.workflow.conftest import ROOT
-from workflow import steps
+from workflow import resources, steps
 from workflow.scripts.check_frontier import faults
 from workflow.scripts.write_schema import SCHEMA, schema_text
 
@@ -56,7 +56,7 @@ def test_training_steps_hold_the_whole_configuration_but_evaluation() -> None:
     given = json.loads(steps.settings("phase1", config))
     assert given["runtime"] == {"log_every_steps": 3}
     assert "evaluate" not in given
-    assert json.loads(steps.execution(config)) == {"threads": 2}
+    assert json.loads(resources.execution(config)) == {"threads": 2}
     whole = parse(RunConfig, given | {"evaluate": {"tokens": 5000}}, "phase1")
     assert whole.model_dump(exclude={"runtime"}) == config.model_dump(exclude={"runtime"})
 
@@ -69,30 +69,30 @@ def test_evaluation_split_has_room(tokens: int, reserve: int) -> None:
 
 
 def test_a_gpu_is_asked_for_unless_the_device_is_the_cpu() -> None:
-    assert steps.gpus(run_config()) == 1
-    assert steps.gpus(run_config(runtime={"device": "cuda:1"})) == 1
-    assert steps.gpus(run_config(runtime={"device": "cpu"})) is None
+    assert resources.gpus(run_config()) == 1
+    assert resources.gpus(run_config(runtime={"device": "cuda:1"})) == 1
+    assert resources.gpus(run_config(runtime={"device": "cpu"})) is None
 
 
 def test_threads_follow_the_configuration() -> None:
-    assert steps.threads(run_config(runtime={"threads": 7})) == 7
-    assert steps.threads(run_config(runtime={"device": "cpu"})) == 1
+    assert resources.threads(run_config(runtime={"threads": 7})) == 7
+    assert resources.threads(run_config(runtime={"device": "cpu"})) == 1
 
 
 @pytest.mark.parametrize("step", steps.FIELDS)
 def test_requests_grow_with_the_run_and_with_each_retry(step: str) -> None:
     small = run_config(total_tokens=10**7)
     large = run_config(F=65536, total_tokens=10**9, evaluate={"tokens": 10**7})
-    assert steps.memory_mb(step, small) < steps.memory_mb(step, large)
-    assert steps.memory_mb(step, large) < steps.memory_mb(step, large, attempt=2)
-    assert steps.minutes(step, small) < steps.minutes(step, large)
-    assert steps.minutes(step, large) < steps.minutes(step, large, attempt=2)
+    assert resources.memory_mb(step, small) < resources.memory_mb(step, large)
+    assert resources.memory_mb(step, large) < resources.memory_mb(step, large, attempt=2)
+    assert resources.minutes(step, small) < resources.minutes(step, large)
+    assert resources.minutes(step, large) < resources.minutes(step, large, attempt=2)
 
 
 def test_two_demo_cells_fit_side_by_side_in_four_gigabytes() -> None:
     demo = load_sweep(ROOT / "config" / "config.yaml")
     configs = [demo.run_config(cell) for cell in demo.cells()]
-    assert max(steps.memory_mb(step, c) for step in steps.FIELDS for c in configs) <= 4096
+    assert max(resources.memory_mb(step, c) for step in steps.FIELDS for c in configs) <= 4096
 
 
 def test_every_step_has_a_revision() -> None:

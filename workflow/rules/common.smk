@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from snakemake.utils import update_config
 
 from spalf.config import parse_sweep
 from spalf.errors import UserError
-from workflow import steps
+from workflow import lock, outage, resources as needs, steps
 
 
 def read_sweep():
@@ -22,7 +23,12 @@ def read_sweep():
         sys.exit(2)
 
 
+needs.find_commands()
+if workflow.is_main_process and not workflow.dryrun:
+    lock.explain(Path(".snakemake"))
+    outage.keep_jobs_without_answer()
 SWEEP = read_sweep()
+LAUNCH = Path(workflow.basedir, "workflow", "scripts", "launch.py")
 CALIBRATION = "results/{model}/calibration"
 CELL = "results/{model}/L0_{L0}/seed_{seed}"
 PARAMETERS = ("model", "tensors")
@@ -61,28 +67,46 @@ def settings(step):
     return lambda wildcards: steps.settings(step, run_config(wildcards))
 
 
+def site(wildcards):
+    """What calibration measured, once it has run."""
+    path = CALIBRATION.format(model=wildcards.model)
+    return needs.measured_site(Path(path) / "metadata.json")
+
+
 def memory(step):
-    return lambda wildcards, attempt: steps.memory_mb(
-        step, run_config(wildcards), attempt
+    return lambda wildcards, attempt: needs.memory_mb(
+        step, run_config(wildcards), attempt, site(wildcards)
     )
 
 
 def minutes(step):
-    return lambda wildcards, attempt: steps.minutes(
-        step, run_config(wildcards), attempt
+    return lambda wildcards, attempt: needs.minutes(
+        step, run_config(wildcards), attempt, site(wildcards), walltime_limit()
     )
 
 
+def walltime_limit():
+    """``max_runtime`` of the profile's ``default-resources``, in minutes."""
+    given = workflow.resource_settings._parsed_default_resources.get("max_runtime")
+    return given.value
+
+
 def step_threads(wildcards):
-    return steps.threads(run_config(wildcards))
+    return needs.threads(run_config(wildcards))
 
 
 def gpus(wildcards):
-    return steps.gpus(run_config(wildcards))
+    return needs.gpus(run_config(wildcards))
 
 
 def execution(wildcards):
-    return steps.execution(run_config(wildcards))
+    return needs.execution(run_config(wildcards))
+
+
+def launch(wildcards):
+    """What starts the step's command; on a machine with several GPUs it picks one."""
+    locks = ["--gpu-locks", ".snakemake/gpus"] if gpus(wildcards) else []
+    return shlex.join([sys.executable, str(LAUNCH), *locks])
 
 
 def of_cells(path):
@@ -119,3 +143,15 @@ def prune_checkpoints():
     for path in map(Path, of_cells(f"{CELL}/evaluation.json")):
         if path.exists():
             shutil.rmtree(path.with_suffix(".checkpoints"), ignore_errors=True)
+
+
+def note_holder():
+    """Write down who holds the lock, for the message of whoever finds it."""
+    lock.note_holder(Path(".snakemake"))
+
+
+def name_stopped_steps():
+    """For each cell that failed: which job, node, reason and log."""
+    from spalf.report.status import describe_stopped
+
+    sys.stderr.write(f"\n{describe_stopped(Path('results'))}\n")

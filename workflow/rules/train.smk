@@ -1,3 +1,8 @@
+# The shell of each step becomes the step's process (exec), so that the signal with which a cluster
+# announces a time limit reaches it, and nobody who waits for the shell leaves before the checkpoint
+# is written. A step that finds a job of an earlier run still at work waits for it and takes its result.
+
+
 rule calibrate:
     output:
         tokens=expand(f"{CALIBRATION}/tokens/{{file}}", file=TOKENS, allow_missing=True),
@@ -15,6 +20,7 @@ rule calibrate:
         runtime=minutes("calibrate"),
         gpu=gpus,
         execution=execution,
+        launch=launch,
     params:
         revision=steps.REVISIONS["calibrate"],
         settings=settings("calibrate"),
@@ -22,7 +28,8 @@ rule calibrate:
     message:
         "Calibrating {wildcards.model}: token splits, mean and covariance, whitener, anchors"
     shell:
-        "spalf calibrate --settings {params.settings:q} --runtime {resources.execution:q}"
+        "exec {resources.launch} spalf calibrate --settings {params.settings:q}"
+        " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
         " --out {params.out:q} > {log:q} 2>&1"
 
 
@@ -48,6 +55,7 @@ rule init:
         runtime=minutes("init"),
         gpu=gpus,
         execution=execution,
+        launch=launch,
     params:
         revision=steps.REVISIONS["init"],
         settings=settings("init"),
@@ -56,7 +64,8 @@ rule init:
     message:
         "Initialising {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
     shell:
-        "spalf init --settings {params.settings:q} --runtime {resources.execution:q}"
+        "exec {resources.launch} spalf init --settings {params.settings:q}"
+        " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
         " --calibration {params.calibration:q} --out {params.out:q} > {log:q} 2>&1"
 
 
@@ -85,6 +94,7 @@ rule phase1:
         runtime=minutes("phase1"),
         gpu=gpus,
         execution=execution,
+        launch=launch,
     params:
         revision=steps.REVISIONS["phase1"],
         settings=settings("phase1"),
@@ -94,7 +104,8 @@ rule phase1:
     message:
         "Phase 1 of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
     shell:
-        "spalf phase1 --settings {params.settings:q} --runtime {resources.execution:q}"
+        "exec {resources.launch} spalf phase1 --settings {params.settings:q}"
+        " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
         " --calibration {params.calibration:q} --init {params.init:q}"
         " --out {params.out:q} > {log:q} 2>&1"
 
@@ -125,6 +136,7 @@ rule phase2:
         runtime=minutes("phase2"),
         gpu=gpus,
         execution=execution,
+        launch=launch,
     params:
         revision=steps.REVISIONS["phase2"],
         settings=settings("phase2"),
@@ -134,7 +146,8 @@ rule phase2:
     message:
         "Phase 2 of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
     shell:
-        "spalf phase2 --settings {params.settings:q} --runtime {resources.execution:q}"
+        "exec {resources.launch} spalf phase2 --settings {params.settings:q}"
+        " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
         " --calibration {params.calibration:q} --phase1 {params.phase1:q}"
         " --out {params.out:q} > {log:q} 2>&1"
 
@@ -164,6 +177,7 @@ rule evaluate:
         runtime=minutes("evaluate"),
         gpu=gpus,
         execution=execution,
+        launch=launch,
     params:
         revision=steps.REVISIONS["evaluate"],
         settings=settings("evaluate"),
@@ -173,6 +187,7 @@ rule evaluate:
     message:
         "Evaluating {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
     shell:
-        "spalf evaluate --settings {params.settings:q} --runtime {resources.execution:q}"
+        "exec {resources.launch} spalf evaluate --settings {params.settings:q}"
+        " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
         " --model {wildcards.model:q} --calibration {params.calibration:q}"
         " --phase1 {params.phase1:q} --phase2 {params.phase2:q} --out {output:q} > {log:q} 2>&1"

@@ -1,0 +1,235 @@
+"""A live Slurm, and clones of the repository in which a small sweep is run through it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from tests.slurm.cluster import Cluster, Job, missing, wait_until
+
+ROOT = Path(__file__).parents[2]
+SWEEP: dict[str, Any] = {
+    "models": {
+        "demo-2l": {"model_name": "spalf/demo-2l", "hook_point": "blocks.1.hook_resid_post"}
+    },
+    "dataset": "python-stdlib",
+    "grid": {"L0_target": [4], "seed": [0]},
+    "train": {"F": 64, "lr": 0.004, "total_tokens": 786432, "batch_size": 512, "seq_len": 64},
+    "evaluate": {"tokens": 8192, "sweep_tokens": 2048, "absorption": False},
+    # `auto` asks Slurm for a GPU and, the GPUs being pretended, computes on the CPU.
+    "runtime": {"device": "auto", "threads": 1, "checkpoint_every_steps": 100},
+}
+CELL = "results/demo-2l/L0_4/seed_0"
+OTHER = "results/demo-2l/L0_8/seed_0"
+
+
+@pytest.fixture(scope="session")
+def cluster(worker_id: str) -> Iterator[Cluster]:
+    """Slurm, one for each worker. The directory's path is short because sockets' must be."""
+    if os.environ.get("SPALF_TEST_SLURM") != "1":
+        pytest.skip("boots a Slurm: run make test-slurm")
+    if missing():
+        pytest.skip(f"not installed: {', '.join(missing())} (Debian: slurm-wlm munge)")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd starts jobs as their user, which takes root")
+    with tempfile.TemporaryDirectory(prefix="slurm-") as directory:
+        Path(directory).chmod(0o755)
+        running = Cluster(Path(directory), int(worker_id.removeprefix("gw").replace("master", "0")))
+        try:
+            running.start()
+            yield running
+        finally:
+            running.stop()
+
+
+class Clone:
+    """A clone of the repository in a path with a space, and snakemake run at its root.
+
+    Attributes:
+        path: the clone.
+        finished: inode of each finished result.
+        remade: those that went away or had another inode later.
+    """
+
+    def __init__(self, parent: Path, cluster: Cluster | None, l0_targets: list[int]) -> None:
+        self.path = parent / "a clone"
+        self._cluster = cluster
+        if not self.path.exists():
+            self._make(l0_targets)
+        self.finished: dict[Path, int] = {}
+        self.remade: set[Path] = set()
+        self._watching = threading.Event()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _make(self, l0_targets: list[int]) -> None:
+        self.path.mkdir(parents=True)
+        for name in ("Snakefile", "environment.yml"):
+            shutil.copy(ROOT / name, self.path)
+        for name in ("workflow", "config"):
+            shutil.copytree(ROOT / name, self.path / name, symlinks=True)
+        for name in ("slurm", "profiles"):
+            shutil.copy(ROOT / name, self.path / name, follow_symlinks=False)
+        sweep = {**SWEEP, "grid": {"L0_target": l0_targets, "seed": [0]}}
+        (self.path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+        self._set_site()
+
+    def _set_site(self) -> None:
+        """Uncomment the partition, as a site would; ask for states more often than it should."""
+        self.edit_profile("# slurm_partition: gpu ", "slurm_partition: gpu ")
+        self.edit_profile("status-checks: 40", "status-checks: 2")
+
+    def edit_profile(self, old: str, new: str) -> None:
+        profile = self.path / "slurm" / "config.yaml"
+        text = profile.read_text(encoding="utf-8")
+        assert old in text
+        profile.write_text(text.replace(old, new), encoding="utf-8")
+
+    def set_resources(self, **resources: object) -> None:
+        """Give every training step these resources in the site's block."""
+        block = {step: resources for step in ("calibrate", "init", "phase1", "phase2", "evaluate")}
+        with (self.path / "slurm" / "config.yaml").open("a", encoding="utf-8") as profile:
+            profile.write("\n" + yaml.safe_dump({"set-resources": block}))
+
+    def continue_from(self, other: Clone, *, without: tuple[str, ...]) -> None:
+        """Take over the results of ``other``, but for files and folders named ``without``."""
+        shutil.copytree(other.path / ".snakemake" / "metadata", self.path / ".snakemake/metadata")
+        shutil.copytree(
+            other.path / "results",
+            self.path / "results",
+            ignore=lambda folder, names: [name for name in names if name in without],
+        )
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start ``snakemake``; what it says goes to ``snakemake.<n>.log`` in the clone."""
+        command = [sys.executable, "-m", "snakemake", "--configfile", "sweep.yaml", *arguments]
+        command = ["env", "--default-signal=INT", *command]
+        extra = self._cluster.environment if self._cluster else {}
+        search = os.pathsep.join(
+            [extra.get("PATH", os.environ["PATH"]), str(Path(sys.executable).parent)]
+        )
+        with self._log(len(self._processes)).open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=self.path,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={
+                    **os.environ,
+                    **extra,
+                    "PATH": search,
+                    "PYTHONPATH": str(ROOT),
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                    **environment,
+                },
+            )
+        self._processes.append(process)
+        return process
+
+    def sweep(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start the user's command: ``snakemake --profile slurm``."""
+        return self.start("--profile", "slurm", *arguments, **environment)
+
+    def said(self) -> str:
+        """Everything snakemake printed so far."""
+        logs = [self._log(index) for index in range(len(self._processes))]
+        return "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
+
+    def jobs(self, step: str = "") -> list[Job]:
+        assert self._cluster
+        return [job for job in self._cluster.jobs(self.path) if not step or job.step == step]
+
+    def wait_for_training(self, after: int = 0) -> Job:
+        """Wait until a Phase 1 job runs and has written a checkpoint past step ``after``."""
+        checkpoints = self.path / CELL / "phase1.checkpoints"
+
+        def training() -> bool:
+            steps = [int(path.name[5:]) for path in checkpoints.glob("step_*")]
+            return max(steps, default=0) > after and bool(self._running())
+
+        wait_until(training, f"training past step {after}\n{self.said()}", 120)
+        return self._running()[0]
+
+    def _running(self) -> list[Job]:
+        return [job for job in self.jobs("phase1") if job.state == "RUNNING"]
+
+    def text(self, path: str) -> str:
+        return (self.path / path).read_text(encoding="utf-8")
+
+    def frontier(self) -> bytes:
+        return (self.path / "results/tables/frontier.csv").read_bytes()
+
+    def end(self) -> None:
+        """Stop watching; kill what is left of snakemake."""
+        self._watching.set()
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def _log(self, index: int) -> Path:
+        return self.path / f"snakemake.{index}.log"
+
+    def _watch(self) -> None:
+        """Note when a finished result goes away or is replaced: its step ran twice."""
+        patterns = ("init/metadata.json", "phase?/metadata.json", "evaluation.json")
+        while not self._watching.wait(0.05):
+            seen = {
+                path: _inode(path)
+                for pattern in patterns
+                for path in self.path.glob(f"results/demo-2l/L0_*/seed_0/{pattern}")
+            }
+            for path, inode in self.finished.items():
+                if seen.get(path, inode if _inode(path) == inode else None) != inode:
+                    self.remade.add(path)
+            self.finished |= {path: inode for path, inode in seen.items() if inode}
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+@pytest.fixture(scope="session")
+def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
+    """The sweep of one cell, run on this machine without Slurm and without disturbance."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the first worker to come makes it for all of them
+        shared = shared.parent
+    with FileLock(shared / "reference.lock"):
+        made = (shared / "reference").exists()
+        clone = Clone(shared / "reference", None, [4])
+        if not made:
+            process = clone.start()
+            assert process.wait(timeout=280) == 0, clone.said()
+    yield clone
+    clone.end()
+
+
+@pytest.fixture
+def clone(cluster: Cluster, reference: Clone, tmp_path: Path) -> Iterator[Clone]:
+    """A clone that has its calibration and its initialised autoencoder, and trains next."""
+    result = Clone(tmp_path, cluster, [4])
+    trained = ("phase1", "phase2", "evaluation.json", "tables", "figures", "logs", "benchmarks")
+    result.continue_from(reference, without=trained)
+    yield result
+    result.end()
+    for job in result.jobs():
+        if job.state in ("RUNNING", "PENDING", "COMPLETING"):
+            cluster.call("scancel", job.id)

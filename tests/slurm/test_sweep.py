@@ -1,0 +1,197 @@
+"""What a cluster does to a sweep, and that the sweep comes out the same.
+
+After each fault the final ``frontier.csv`` equals, byte for byte, that of an undisturbed run on one
+machine, and no finished step was made twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spalf.config import load_sweep
+from tests.slurm.cluster import Cluster, slow_down, wait_until
+from tests.slurm.conftest import CELL, OTHER, ROOT, Clone
+from workflow import resources
+
+pytestmark = [pytest.mark.timeout(420)]
+
+STEPS = ("phase1", "phase2", "evaluate")
+
+
+def finish(clone: Clone, process: subprocess.Popen[bytes], reference: Clone) -> None:
+    """Wait for the end of the sweep and check what must hold after every fault."""
+    assert process.wait(timeout=300) == 0, clone.said()
+    assert clone.frontier() == reference.frontier()
+    assert not clone.remade
+    assert not list(clone.path.glob("results/**/*.checkpoints"))
+
+
+def resumed_at(clone: Clone) -> int:
+    """The step at which the last Phase 1 job continued."""
+    found = re.search(r"resuming .* at step (\d+)", clone.text(f"{CELL}/logs/phase1.log"))
+    assert found, clone.text(f"{CELL}/logs/phase1.log")
+    return int(found[1])
+
+
+def waits(clone: Clone) -> bool:
+    """Whether the last Phase 1 job found another one at work, and said so."""
+    log = clone.path / CELL / "logs" / "phase1.log"
+    return log.exists() and "waiting" in log.read_text(encoding="utf-8")
+
+
+def test_every_step_is_a_job_on_a_gpu_node(
+    cluster: Cluster, reference: Clone, tmp_path: Path
+) -> None:
+    clone = Clone(tmp_path, cluster, [4])
+    finish(clone, clone.sweep(), reference)
+    clone.end()
+    jobs = clone.jobs()
+    assert sorted(job.step for job in jobs) == sorted(["calibrate", "init", *STEPS])
+    sweep = load_sweep(clone.path / "sweep.yaml")
+    config = sweep.run_config(next(sweep.cells()))
+    site = resources.measured_site(clone.path / "results/demo-2l/calibration/metadata.json")
+    for job in jobs:
+        known = None if job.step == "calibrate" else site
+        assert job.state == "COMPLETED"
+        assert job.node in ("n2", "n3")
+        assert job.gpus == 1
+        assert job.minutes == resources.minutes(job.step, config, site=known)
+        assert f"mem={resources.memory_mb(job.step, config, site=known)}M" in job.tres
+        assert "cpu=1," in job.tres
+    assert re.search(r"job \d+ on n[23], GPU \d", clone.text(f"{CELL}/logs/phase1.log"))
+
+
+def test_cancelled_job_is_retried_from_its_checkpoint(
+    cluster: Cluster, clone: Clone, reference: Clone
+) -> None:
+    process = clone.sweep()
+    cluster.call("scancel", clone.wait_for_training().id)
+    finish(clone, process, reference)
+    assert [job.state for job in clone.jobs("phase1")] == ["CANCELLED", "COMPLETED"]
+    assert resumed_at(clone) > 0
+
+
+@pytest.mark.parametrize("processes_too", [True, False], ids=["with its processes", "cut off"])
+def test_lost_node(
+    cluster: Cluster, clone: Clone, reference: Clone, *, processes_too: bool
+) -> None:
+    process = clone.sweep()
+    job = clone.wait_for_training()
+    cluster.lose_node(job.node, job.id, processes_too=processes_too)
+    try:
+        if not processes_too:  # the job that lives on must not be done before the second one comes
+            slow_down(job.id, b"/spalf phase1 ", lambda: waits(clone))
+        finish(clone, process, reference)
+    finally:
+        cluster.return_node(job.node)
+    (again,) = clone.jobs("phase1")
+    assert (again.id, again.restarts) == (job.id, 1)
+    assert again.node != job.node
+    assert processes_too or waits(clone)
+    assert not processes_too or resumed_at(clone) > 0
+
+
+def test_controller_goes_away(cluster: Cluster, clone: Clone, reference: Clone) -> None:
+    """At a site with GPUs of several kinds."""
+    clone.set_resources(gpu_model="pretend")
+    process = clone.sweep()
+    clone.wait_for_training()
+    cluster.kill_controller()
+    time.sleep(30)
+    cluster.start_controller()
+    finish(clone, process, reference)
+    assert [job.state for job in clone.jobs("phase1")] == ["COMPLETED"]
+    assert all(job.gpus == 1 for job in clone.jobs())
+
+
+def test_time_limit(cluster: Cluster, clone: Clone, reference: Clone) -> None:
+    """Slurm's shortest limit is a minute; the first job is slowed down until it is warned of it."""
+    clone.edit_profile("TERM@60", "TERM@30")
+    process = clone.sweep("--set-resources", "phase1:runtime=5 * attempt - 4")
+    job = clone.wait_for_training()
+    slow_down(job.id, b"/spalf phase1 ", lambda: clone.jobs("phase1")[0].over)
+    finish(clone, process, reference)
+    first, last = clone.jobs("phase1")
+    assert first.state in ("FAILED", "TIMEOUT")
+    assert last.state == "COMPLETED"
+    assert resumed_at(clone) > 0
+
+
+def test_preempted_job_is_requeued(cluster: Cluster, clone: Clone, reference: Clone) -> None:
+    """At a site that wants ``--gres``."""
+    clone.set_resources(gpu=0, gres="gpu:pretend:1")
+    process = clone.sweep()
+    job = clone.wait_for_training()
+    cluster.call(
+        *("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"),
+        *("--wrap", "sleep 5"),
+    )
+    finish(clone, process, reference)
+    (again,) = clone.jobs("phase1")
+    assert (again.id, again.restarts) == (job.id, 1)
+    assert resumed_at(clone) > 0
+    assert all(job.gpus == 1 for job in clone.jobs())
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_killed_snakemake_is_started_again(clone: Clone, reference: Clone, how: str) -> None:
+    process = clone.sweep()
+    clone.wait_for_training()
+    os.kill(process.pid, signal.Signals[how])
+    assert process.wait(timeout=120) != 0
+    if how == "SIGKILL":
+        refused = clone.sweep()
+        assert refused.wait(timeout=60) == 1
+        assert "snakemake --unlock" in clone.said()
+        assert clone.start("--unlock").wait(timeout=60) == 0
+    finish(clone, clone.sweep(), reference)
+
+
+def test_orphan_that_finished_meanwhile_is_accepted(clone: Clone, reference: Clone) -> None:
+    process = clone.sweep()
+    clone.wait_for_training()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: clone.jobs("phase1")[0].over, "the orphan's end", 120)
+    assert clone.start("--unlock").wait(timeout=60) == 0
+    finish(clone, clone.sweep(), reference)
+    assert len(clone.jobs("phase1")) == 1
+
+
+def test_job_that_always_fails(cluster: Cluster, reference: Clone, tmp_path: Path) -> None:
+    clone = Clone(tmp_path, cluster, [4, 8])
+    trained = ("phase1", "phase2", "evaluation.json", "tables", "figures", "logs", "benchmarks")
+    clone.continue_from(reference, without=trained)
+    damaged = clone.path / OTHER / "phase1.checkpoints"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("a file where a directory must be", encoding="utf-8")
+    clone.edit_profile("# max_runtime: 1440 ", "max_runtime: 12 ")
+    process = clone.sweep()
+    assert process.wait(timeout=300) == 1, clone.said()
+    clone.end()
+    failed = [job for job in clone.jobs("phase1") if job.comment.endswith("8_0")]
+    assert [job.state for job in failed] == ["FAILED"] * 3
+    assert [job.minutes for job in failed] == [12] * 3
+    evaluation = json.loads(clone.text(f"{CELL}/evaluation.json"))
+    expected = json.loads(reference.text(f"{CELL}/evaluation.json"))
+    assert evaluation["phases"] == expected["phases"]
+    summary = clone.said().split("1 step failed or stopped", 1)[1]
+    for words in ("demo-2l L0_8 seed_0 phase1", f"job {failed[-1].id} on n", "logs/phase1.log"):
+        assert words in summary
+    shown = subprocess.run(
+        [str(Path(sys.executable).with_name("spalf")), "status", "results"],
+        cwd=clone.path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "demo-2l L0_8 seed_0 phase1" in shown

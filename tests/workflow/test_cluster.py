@@ -1,0 +1,236 @@
+"""Profiles, requests, GPUs of one machine, locks, status: what takes no cluster to check."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spalf.report.status import describe_status, describe_stopped, sweep_status
+from tests.workflow.conftest import ROOT, SMALL, Sweep
+from tests.workflow.test_steps import run_config
+from workflow import lock, outage, resources
+from workflow.resources import Site, measured_site
+
+LAUNCH = ROOT / "workflow" / "scripts" / "launch.py"
+MEASURED = {
+    "model": {"d_model": 768, "d_vocab": 50_304},
+    "measured": {"harvest_tokens_per_second": 1e5},
+}
+
+
+def test_profile_is_found_where_the_users_command_looks() -> None:
+    assert (ROOT / "slurm").is_symlink()
+    assert (ROOT / "slurm" / "config.yaml").samefile(ROOT / "workflow/profiles/slurm/config.yaml")
+
+
+@pytest.mark.parametrize("profile", ["slurm", "default", "local-gpus"])
+def test_profiles_agree_on_what_reruns(profile: str) -> None:
+    text = (ROOT / "workflow/profiles" / profile / "config.yaml").read_text(encoding="utf-8")
+    settings = yaml.safe_load(text)
+    if profile == "slurm":  # takes the rest from profiles/default, which wins where both name a key
+        default = ROOT / "workflow/profiles/default/config.yaml"
+        assert not settings.keys() & yaml.safe_load(default.read_text(encoding="utf-8")).keys()
+    else:
+        assert settings["rerun-triggers"] == ["input", "mtime", "params"]
+        assert settings["keep-going"] and settings["rerun-incomplete"]
+
+
+def test_site_block_uncommented_is_valid_yaml() -> None:
+    lines = (ROOT / "slurm/config.yaml").read_text(encoding="utf-8").splitlines()
+    start, end = lines.index("# set-resources:"), lines.index("#   evaluate: *gpu")
+    block = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines[start : end + 1]))
+    assert set(block["set-resources"]) == {"calibrate", "init", "phase1", "phase2", "evaluate"}
+    assert block["set-resources"]["evaluate"] == {"gpu_model": "a100"}
+
+
+def test_measurement_takes_the_place_of_the_guess(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.json"
+    assert measured_site(path) is None
+    path.write_text("{}", encoding="utf-8")
+    assert measured_site(path) is None
+    path.write_text(json.dumps(MEASURED), encoding="utf-8")
+    assert measured_site(path) == Site(768, 50_304, 1e5)
+
+
+def test_time_follows_the_measured_rate() -> None:
+    config = run_config(total_tokens=10**9, F=12288)
+    slow, fast = Site(768, 50_304, 1e4), Site(768, 50_304, 1e6)
+    extra = {
+        name: resources.minutes("phase1", config, site=site) - resources.FIXED_MINUTES
+        for name, site in (("slow", slow), ("fast", fast))
+    }
+    assert extra["slow"] == pytest.approx(100 * extra["fast"], rel=0.01)
+    # 970 M tokens through the model alone take 970 s at 1 M tokens/s; the margin is three times.
+    assert extra["fast"] > 970 * resources.MEASURED_MARGIN / 60
+
+
+def test_no_step_asks_for_more_than_the_site_allows() -> None:
+    config = run_config(total_tokens=10**10, F=65536)
+    assert resources.minutes("phase1", config, attempt=3) > 600
+    assert resources.minutes("phase1", config, attempt=3, limit=600) == 600
+
+
+def test_memory_follows_the_measured_width() -> None:
+    config = run_config(F=12288)
+    narrow, wide = Site(256, 50_304), Site(4096, 50_304)
+    assert resources.memory_mb("phase1", config, site=narrow) < resources.memory_mb(
+        "phase1", config, site=wide
+    )
+
+
+def test_dag_of_five_hundred_cells(sweep: Sweep) -> None:
+    models = {f"m{i}": SMALL["models"]["tiny"] for i in range(9)}  # and the configuration's own
+    sweep.configure(models=models, grid={"L0_target": list(range(2, 12)), "seed": list(range(5))})
+    planned = sweep.planned()
+    assert planned["calibrate"] == 10
+    assert planned["phase1"] == 500
+
+
+def launched(locks: Path, gpus: str, script: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(LAUNCH), "--gpu-locks", str(locks), sys.executable, "-c", script]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_steps_side_by_side_get_a_gpu_each(tmp_path: Path) -> None:
+    hold = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
+    running = [launched(tmp_path, "3,5", hold) for _ in range(2)]
+    first_lines = [(process.stdout.readline(), process.stdout.readline()) for process in running]
+    assert sorted(shown for _, shown in first_lines) == ["3\n", "5\n"]
+    waiting = launched(tmp_path, "3,5", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    time.sleep(0.3)
+    assert waiting.poll() is None
+    running[0].send_signal(signal.SIGKILL)  # the lock goes with the process
+    running[0].communicate()
+    assert waiting.communicate(timeout=20)[0].splitlines()[1] == first_lines[0][1].strip()
+    running[1].communicate("\n")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment"), [("3", {}), ("3,5", {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n2"})]
+)
+def test_an_assigned_gpu_is_left_alone(
+    tmp_path: Path, gpus: str, environment: dict[str, str]
+) -> None:
+    script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    said = launched(tmp_path / "locks", gpus, script, **environment).communicate(timeout=20)[0]
+    place = "job 7 on n2" if environment else f"job - on {socket.gethostname()}"
+    assert said.splitlines() == [f"{place}, GPU {gpus}", gpus]
+    assert not (tmp_path / "locks").exists()
+
+
+def test_lock_is_explained(tmp_path: Path) -> None:
+    assert "snakemake --unlock" in lock.message(tmp_path)
+    lock.note_holder(tmp_path)
+    assert "that is running" in lock.message(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    holder = {"pid": gone.pid, "host": socket.gethostname()}
+    (tmp_path / lock.HOLDER).write_text(json.dumps(holder), encoding="utf-8")
+    assert "was killed" in lock.message(tmp_path)
+    assert "snakemake --unlock" in lock.message(tmp_path)
+    (tmp_path / lock.HOLDER).write_text('{"pid": 1, "host": "elsewhere"}', encoding="utf-8")
+    assert "on elsewhere, process 1" in lock.message(tmp_path)
+
+
+def test_lock_left_by_a_killed_run_is_explained_by_the_next(finished: Sweep) -> None:
+    (finished.directory / "results/tiny/L0_4/seed_0/evaluation.json").unlink()
+    locks = finished.directory / ".snakemake" / "locks"
+    locks.mkdir(exist_ok=True)
+    (locks / "0.output.lock").write_text(
+        "results/tiny/L0_4/seed_0/evaluation.json\n", encoding="utf-8"
+    )
+    refused = finished.run()
+    assert refused.returncode == 1
+    assert "was killed: run `snakemake --unlock`" in refused.stdout
+    assert finished.run("--unlock").returncode == 0
+    assert finished.run().returncode == 0
+
+
+class Executor:
+    """Answers for ``ask`` jobs, or forgets them all when the controller is away."""
+
+    def __init__(self, answers: bool) -> None:
+        self._status_query_calls, self._answers = 0, answers
+
+    async def check_active_jobs(self, jobs: list[str]) -> AsyncIterator[str]:
+        if self._answers and jobs:
+            self._status_query_calls += 1
+            yield jobs[0]
+
+
+@pytest.mark.parametrize(("answers", "kept"), [(True, ["a"]), (False, ["a", "b"])])
+def test_jobs_without_an_answer_are_asked_about_again(
+    monkeypatch: pytest.MonkeyPatch, answers: bool, kept: list[str]
+) -> None:
+    plugin = types.ModuleType(outage.PLUGIN)
+    plugin.Executor = type("Patched", (Executor,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, outage.PLUGIN, plugin)
+    outage.keep_jobs_without_answer()
+    outage.keep_jobs_without_answer()  # twice is once
+
+    async def ask() -> list[str]:
+        executor = plugin.Executor(answers)
+        return [job async for job in executor.check_active_jobs(["a", "b"])]
+
+    assert asyncio.run(ask()) == kept
+
+
+def test_failed_cell_is_named_at_the_end(sweep: Sweep) -> None:
+    result = sweep.run("--quiet", "all", STUB_FAIL="phase2")
+    assert result.returncode == 1
+    assert "2 steps failed or stopped" in result.stdout
+    assert "tiny L0_4 seed_0 phase2 stopped: the stub was told to fail" in result.stdout
+    assert "log: results/tiny/L0_4/seed_0/logs/phase2.log" in result.stdout
+
+
+def write(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def test_status_says_which_job_node_reason_and_log(tmp_path: Path) -> None:
+    assert "nothing was started" in describe_status(tmp_path)
+    cell = tmp_path / "tiny" / "L0_4" / "seed_0"
+    write(tmp_path / "tiny/calibration/metadata.json", "{}")
+    write(cell / "init/metadata.json", "{}")
+    write(cell / "logs/init.log", "job 3 on n2\n")
+    write(cell / "logs/phase1.log", "job 7 on n3, GPU 0\n12:00:00 INFO phase 1: 10/100\n")
+    slurm = tmp_path / "logs/slurm/rule_phase1/tiny_4_0"
+    write(slurm / "5.log", "slurmstepd: error: *** JOB 5 ON n2 CANCELLED AT 1 ***\n")
+    text = "slurmstepd: error: *** JOB 7 ON n3 CANCELLED AT 12:01 DUE TO TIME LIMIT ***\n"
+    write(slurm / "7.log", text)
+    by_step = {status.step: status for status in sweep_status(tmp_path)}
+    assert set(by_step) == {"calibrate", "init", "phase1"}
+    assert by_step["init"].state == "done"
+    stopped = by_step["phase1"]
+    assert (stopped.job, stopped.node, stopped.state) == ("7", "n3", "stopped")
+    assert stopped.reason == "CANCELLED AT 12:01 DUE TO TIME LIMIT"
+    assert stopped.logs == (cell / "logs/phase1.log", slurm / "7.log")
+    assert describe_status(tmp_path).startswith("2 done, 1 stopped\n")
+    assert describe_stopped(tmp_path).startswith("1 step failed or stopped")
+
+
+def test_status_of_a_job_that_never_got_to_its_step(tmp_path: Path) -> None:
+    cell = tmp_path / "tiny" / "L0_4" / "seed_0"
+    write(cell / "logs/phase1.log", "job 7 on n3\nspalf: stopped after step 9\n")
+    write(tmp_path / "logs/slurm/rule_phase1/tiny_4_0/8.log", "oom_kill event\n")
+    (status,) = sweep_status(tmp_path)
+    assert (status.job, status.node, status.reason) == ("8", "", "out of memory")
