@@ -1,0 +1,247 @@
+"""One run on a bundled model from text to evaluation, and one interrupted in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from spalf.checkpoint import read_checkpoint
+from spalf.config import RunConfig, describe, load_run, parse
+from spalf.data import TokenSplits
+from spalf.steps import StepContext
+from spalf.steps.pipeline import evaluate_run, train_run
+from spalf.training.state import load_sae
+from tests.helpers_planted import Silent
+
+SIX = {
+    "model.safetensors",
+    "tensors.safetensors",
+    "control.safetensors",
+    "optimizer.safetensors",
+    "metadata.json",
+    "metrics.jsonl",
+}
+METRICS = {
+    "l0",
+    "l0_se",
+    "explained_variance",
+    "mse",
+    "ce_clean",
+    "ce_sae",
+    "ce_zero",
+    "delta_ce",
+    "delta_ce_se",
+    "ce_recovered",
+    "kl",
+    "kl_se",
+    "dead_fraction",
+    "dense_fraction",
+    "lambda_faith",
+    "tokens",
+    "train_tokens",
+}
+
+
+def settings(output_dir: Path) -> dict[str, Any]:
+    return {
+        "model_name": "spalf/demo-2l",
+        "hook_point": "blocks.1.hook_resid_post",
+        "dataset": "python-stdlib",
+        "F": 96,
+        "L0_target": 8.0,
+        "lr": 0.004,
+        "total_tokens": 153_600,
+        "batch_size": 512,
+        "seq_len": 64,
+        "output_dir": str(output_dir),
+        "evaluate": {"tokens": 8192, "sweep_tokens": 2048, "sweep_factors": [0.5, 1.0, 2.0]},
+        "method": {"phase2_fraction": 0.1},
+        # The gate of the covariance opens early, so that calibration is short.
+        "constants": {"delta_cov": 0.3},
+        "runtime": {"device": "cpu", "log_every_steps": 5, "checkpoint_every_steps": 40},
+    }
+
+
+@pytest.fixture(scope="module")
+def context() -> StepContext:
+    return StepContext(torch.device("cpu"), lambda: False, lambda *_: Silent())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, context: StepContext) -> RunConfig:
+    """What ``spalf-train`` does for a small run on demo-2l."""
+    config = parse(RunConfig, settings(tmp_path_factory.mktemp("run")), "settings")
+    assert train_run(config, context) == Path(config.output_dir) / "evaluation.json"
+    return config
+
+
+def test_every_declared_file_is_there(finished: RunConfig) -> None:
+    base = Path(finished.output_dir)
+
+    def names(directory: Path) -> set[str]:
+        return {p.name for p in directory.iterdir() if not p.name.startswith(".")}
+
+    assert names(base / "calibration") >= {"tokens", "calibration.safetensors", "metadata.json"}
+    assert names(base / "calibration" / "tokens") == {
+        "train.npy",
+        "calibration.npy",
+        "evaluation.npy",
+        "tokens.json",
+    }
+    assert names(base / "init") == {"model.safetensors", "tensors.safetensors", "metadata.json"}
+    assert names(base / "phase1") == names(base / "phase2") == SIX
+
+
+def test_the_report_has_every_metric_of_both_phases(finished: RunConfig) -> None:
+    report = json.loads((Path(finished.output_dir) / "evaluation.json").read_text())
+    assert report["final"] == "phase2"
+    assert set(report["phases"]) == {"phase1", "phase2"}
+    for metrics in report["phases"].values():
+        assert metrics.keys() >= METRICS
+        assert all(isinstance(metrics[name], int | float) for name in METRICS)
+        assert metrics["tokens"] == 8192
+        assert 0 < metrics["ce_clean"] < metrics["ce_sae"] < metrics["ce_zero"]
+        assert 0.2 < metrics["explained_variance"] < 1
+        # 128 sequences of a few files: their L0 is not quite that of the training split.
+        assert abs(metrics["l0"] / finished.L0_target - 1) < 0.3
+    assert report["phases"]["phase2"]["train_tokens"] == 153_600
+    assert report["cell"] == {
+        "model": "spalf/demo-2l",
+        "hook_point": "blocks.1.hook_resid_post",
+        "model_name": "spalf/demo-2l",
+        "method": "spalf",
+        "L0_target": 8.0,
+        "R2_target": 0.99,
+        "F": 96,
+        "seed": 0,
+    }
+
+
+def test_the_report_covers_sweep_drift_absorption_and_controller(finished: RunConfig) -> None:
+    report = json.loads((Path(finished.output_dir) / "evaluation.json").read_text())
+    sweep = report["threshold_sweep"]
+    assert [row["factor"] for row in sweep] == [0.5, 1.0, 2.0]
+    assert sweep[0]["l0"] > sweep[1]["l0"] > sweep[2]["l0"]
+    assert {"factor", "l0", "ce_sae", "delta_ce", "explained_variance"} == sweep[0].keys()
+    assert report["drift"]["n_anchored"] == 6
+    assert report["drift"]["min_cosine"] > 0.9
+    assert {"rate"} <= report["absorption"].keys() or {"skipped"} == report["absorption"].keys()
+    for phase in ("phase1", "phase2"):
+        control = report["controller"][phase]
+        assert control["ended_by"] in ("converged", "budget")
+        assert control["integral_v2"]["faith"] > 0
+        assert set(control["lambda_final"]) == {"faith", "drift", "ortho"}
+    assert report["environment"]["torch"]
+
+
+def test_every_derived_parameter_is_stored_with_its_value(finished: RunConfig) -> None:
+    metadata = read_checkpoint(Path(finished.output_dir) / "phase2").metadata
+    stored = {row["name"]: row["value"] for row in metadata["derived"]}
+    assert stored.keys() == {row.name for row in describe(finished)}
+    assert all(value is not None for value in stored.values()), stored
+
+
+def test_the_published_sae_reconstructs_held_out_text(
+    finished: RunConfig, context: StepContext
+) -> None:
+    base = Path(finished.output_dir)
+    sae = load_sae(read_checkpoint(base / "phase2"), finished, torch.device("cpu"))
+    tokens = TokenSplits.open(base / "calibration" / "tokens").evaluation.sequences(0, 32)
+    x = context.load_model(finished).activations(tokens).flatten(0, 1)
+    with torch.no_grad():
+        error = (x - sae.decode(sae.encode(x))).square().sum()
+    assert 1 - error / (x - x.mean(dim=0)).square().sum() > 0.2
+
+
+def test_a_second_call_repeats_no_step(finished: RunConfig, context: StepContext) -> None:
+    base = Path(finished.output_dir)
+    watched = [p for s in ("calibration", "init", "phase1", "phase2") for p in (base / s).iterdir()]
+    before = {path: path.stat().st_mtime_ns for path in watched}
+    train_run(finished, context)
+    assert {path: path.stat().st_mtime_ns for path in watched} == before
+
+
+def test_one_checkpoint_can_be_evaluated_by_itself(
+    finished: RunConfig, context: StepContext
+) -> None:
+    """What ``spalf-eval`` does."""
+    base = Path(finished.output_dir)
+    report = json.loads(evaluate_run(finished, base / "phase1", context).read_text())
+    whole = json.loads((base / "evaluation.json").read_text())
+    assert report["final"] == "phase1"
+    for name in ("l0", "delta_ce", "explained_variance", "kl"):
+        found, known = report["phases"]["phase1"][name], whole["phases"]["phase1"][name]
+        assert found == pytest.approx(known, rel=1e-5)
+
+
+def command(finished: RunConfig, directory: Path) -> list[str]:
+    base = Path(finished.output_dir)
+    path = directory / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(base)), encoding="utf-8")
+    assert load_run(path) == finished
+    code = "from spalf.cli.main import main; main()"
+    inputs = ["--calibration", str(base / "calibration"), "--init", str(base / "init")]
+    out = ["--out", str(directory / "phase1")]
+    return [sys.executable, "-c", code, "phase1", "--config", str(path), *inputs, *out]
+
+
+@pytest.fixture
+def interrupted(finished: RunConfig, tmp_path: Path) -> Iterator[list[str]]:
+    """A ``spalf phase1`` that was sent SIGTERM half-way; yields its command line."""
+    arguments = command(finished, tmp_path)
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(tmp_path / "phase1.checkpoints", "step_*", process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, errors
+    assert "run the same command again to continue" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    yield arguments
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+
+
+def wait_for(directory: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not list(directory.glob(pattern)):
+        assert process.poll() is None, "the command ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_i9_i10_a_terminated_phase_resumes_and_ends_like_an_uninterrupted_one(
+    finished: RunConfig, interrupted: list[str], tmp_path: Path
+) -> None:
+    assert not (tmp_path / "phase1").exists(), "nothing half-made is published"
+    done = subprocess.run(
+        interrupted, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+    straight, resumed = Path(finished.output_dir) / "phase1", tmp_path / "phase1"
+    for name in SIX - {"metadata.json"}:
+        assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
+    one, two = (read_checkpoint(path).metadata["state"] for path in (straight, resumed))
+    assert one == two
+    shutil.rmtree(tmp_path / "phase1.checkpoints", ignore_errors=True)
