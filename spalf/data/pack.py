@@ -76,15 +76,21 @@ def tokenize_dataset(
         "fingerprint": fingerprint,
         "part": part,
         "python_version": platform.python_version(),
-        "tokenizer": Path(str(tokenizer.name_or_path)).name,
+        **_tokenizer_facts(tokenizer),
         "seq_len": seq_len,
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
         "splits": splits,
     }
     _write_atomically(out_dir / INDEX_FILE, (json.dumps(info, indent=1) + "\n").encode())
     return TokenSplits.open(out_dir)
+
+
+def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "tokenizer": Path(str(tokenizer.name_or_path)).name,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
 
 
 def _fill(dataset: DatasetConfig, part: str, writers: _Writers, packer: _Packer) -> str:
