@@ -37,6 +37,7 @@ def test_every_step_ran_once_and_got_its_files(finished_once: Sweep) -> None:
     assert json.loads(options.pop("--settings"))["L0_target"] == 8
     assert options == {
         "--if-locked": "wait",
+        "--if-foreign": "restart",
         "--model": "tiny",
         "--calibration": "results/tiny/calibration",
         "--phase1": f"{cell}/phase1",
