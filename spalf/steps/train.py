@@ -55,6 +55,8 @@ from spalf.training.trim import threshold_factor, trim_thresholds
 
 logger = logging.getLogger(__name__)
 
+LARGE_TRIM = 0.25
+"""Change of the thresholds above which the trim is worth a warning."""
 TRIM_TOKENS = 65_536
 """Training tokens on which the thresholds are trimmed at the end of a phase."""
 
@@ -280,6 +282,13 @@ def _trim(job: _Job, state: TrainState, phase: Phase, store: ActivationStore) ->
     passes = max(1, TRIM_TOKENS // (per_pass * store.stream.seq_len))
     batches = (store.harvest(i * per_pass, per_pass) for i in range(passes))
     factor = threshold_factor(state.sae, batches, job.config.L0_target)
+    if abs(factor - 1) > LARGE_TRIM:
+        logger.warning(
+            "L0 was off its target at the end of phase %d: every threshold is scaled by %.2f, which "
+            "costs fidelity; a larger total_tokens or lr lets the controller get there itself",
+            phase.number,
+            factor,
+        )
     trim_thresholds(state.sae, factor)
     state.derived[f"threshold_trim_phase{phase.number}"] = factor
 
