@@ -284,8 +284,8 @@ def _trim(job: _Job, state: TrainState, phase: Phase, store: ActivationStore) ->
     factor = threshold_factor(state.sae, batches, job.config.L0_target)
     if abs(factor - 1) > LARGE_TRIM:
         logger.warning(
-            "L0 was off its target at the end of phase %d: every threshold is scaled by %.2f, which "
-            "costs fidelity; a larger total_tokens or lr lets the controller get there itself",
+            "L0 was off its target at the end of phase %d: every threshold is scaled by %.2f; "
+            "that costs fidelity, and a larger total_tokens or lr would let the controller do it",
             phase.number,
             factor,
         )
