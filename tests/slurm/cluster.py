@@ -1,8 +1,8 @@
 """A Slurm of one controller and three nodes on the loopback interface, without systemd.
 
 Node n1 is in partition ``cpu`` (the default), n2 and n3 have two pretend GPUs each and are in
-``gpu`` and in ``urgent``, which preempts ``gpu``. Memory limits and GPU isolation are not enforced;
-scheduling, signals, limits, requeueing and preemption are Slurm's own.
+``gpu`` and ``spare``. Both are preempted by ``urgent``, which requeues jobs of the one and cancels
+those of the other. The use of GPUs is not confined; all else is Slurm's own.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from pathlib import Path
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 NODES = ("n1", "n2", "n3")
 PORT = 17400
+PATIENCE = 900
+"""Seconds to wait for what must happen, on a machine that is as slow and busy as it likes."""
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
-def missing() -> list[str]:
-    """Commands of Slurm and munge that are not installed."""
-    return [name for name in NEEDED if shutil.which(name, path=SEARCH_PATH) is None]
+def missing(needed: tuple[str, ...] = NEEDED) -> list[str]:
+    """Those of the commands that are not installed."""
+    return [name for name in needed if shutil.which(name, path=SEARCH_PATH) is None]
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
     """Poll ``condition`` until it is true.
 
     Raises:
@@ -77,9 +79,15 @@ class Cluster:
         index: clusters with different numbers share neither ports nor job ids.
     """
 
+    DAEMONS = (*NODES, "slurmctld", "munged")
+    """In the order in which they are ended."""
+    ACCOUNTING = "AccountingStorageType=accounting_storage/none\nMinJobAge=3600"
+
     def __init__(self, root: Path, index: int = 0) -> None:
         self.root, self.index = root, index
         self.port = PORT + 400 * index
+        self.host = socket.gethostname().split(".")[0]
+        self.user = subprocess.check_output(["id", "-un"], text=True).strip()
         self.environment = {
             "SLURM_CONF": str(root / "slurm.conf"),
             "PATH": os.pathsep.join([str(root / "bin"), SEARCH_PATH]),
@@ -101,11 +109,11 @@ class Cluster:
         """End jobs and daemons; nothing that was started here is left."""
         if self._pid("slurmctld"):
             self.call("scancel", "--user", str(os.getuid()))
-            wait_until(lambda: not self.call("squeue", "--noheader"), "an empty queue", 30)
-        for name in (*NODES, "slurmctld", "munged"):
+            wait_until(lambda: not self.call("squeue", "--noheader"), "an empty queue")
+        for name in self.DAEMONS:
             self._end(name, signal.SIGTERM)
         # Processes are tracked by parentage here, and one that lost its parent escapes Slurm.
-        for pid in _processes_with(f"SLURM_CONF={self.environment['SLURM_CONF']}"):
+        for pid in processes_with(f"SLURM_CONF={self.environment['SLURM_CONF']}"):
             _signal(pid, signal.SIGKILL)
 
     def call(self, *command: str) -> str:
@@ -162,11 +170,11 @@ class Cluster:
         plugin = "disabled" if (major, minor) >= (23, 11) else "cgroup/v1"
         (self.root / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n", encoding="utf-8")
         node_check = "node_reg_mem_percent=1" if major >= 23 else "idle_on_node_suspend"
-        host = socket.gethostname().split(".")[0]
         (self.root / "slurm.conf").write_text(
             CONFIGURATION.format(
-                host=host,
-                user=subprocess.check_output(["id", "-un"], text=True).strip(),
+                host=self.host,
+                user=self.user,
+                accounting=self.ACCOUNTING.format(root=self.root, database_port=self.port + 1),
                 root=self.root,
                 port=self.port,
                 node_port=self.port + 10,
@@ -175,7 +183,7 @@ class Cluster:
                 node_check=node_check,
                 first_job=1 + 10_000 * self.index,
                 nodes="\n".join(
-                    f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 "
+                    f"NodeName={node} NodeHostname={self.host} NodeAddr=127.0.0.1 "
                     f"Port={self.port + 10 + index} CPUs=2 RealMemory=8000 State=UNKNOWN"
                     + (" Gres=gpu:pretend:2" if index > 1 else "")
                     for index, node in enumerate(NODES, start=1)
@@ -228,7 +236,7 @@ class Cluster:
         pid = self._pid(name)
         if pid:
             _signal(pid, how)
-            wait_until(lambda: _gone(pid), f"the end of {name}", 30)
+            wait_until(lambda: _gone(pid), f"the end of {name}")
         (self.root / f"{name}.pid").unlink(missing_ok=True)
 
     def _node_states(self) -> set[str]:
@@ -236,7 +244,7 @@ class Cluster:
 
     def _require_loopback(self) -> None:
         """No daemon may be reachable from outside, as it were with another host name."""
-        own = {self._pid(name) for name in (*NODES, "slurmctld")}
+        own = {self._pid(name) for name in self.DAEMONS} - {None}
         listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout
         for line in listening.splitlines():
             pids = {int(pid) for pid in re.findall(r"pid=(\d+)", line)}
@@ -267,21 +275,37 @@ def _job(row: str) -> Job:
     )
 
 
-def slow_down(job: str, program: bytes, until: Callable[[], object]) -> None:
-    """Let ``program`` in ``job`` run a sixth of the time, until ``until()``."""
-    pids = [pid for pid in processes_of(job) if program in _command(pid)]
+def freeze(job: str, program: bytes, until: Callable[[], object], what: str) -> None:
+    """Stop ``program`` in ``job`` where it is until ``until()``."""
+    pids = _running(job, program)
+    for pid in pids:
+        _signal(pid, signal.SIGSTOP)
     try:
-        while not until():
-            for number, seconds in ((signal.SIGSTOP, 0.5), (signal.SIGCONT, 0.1)):
-                for pid in pids:
-                    _signal(pid, number)
-                time.sleep(seconds)
+        wait_until(until, what)
     finally:
         for pid in pids:
             _signal(pid, signal.SIGCONT)
 
 
-def _command(pid: int) -> bytes:
+def asked_to_end(job: str, program: bytes) -> bool:
+    """Whether ``program`` in ``job``, which stands still, was sent SIGTERM."""
+    return all(_has_pending(pid, signal.SIGTERM) for pid in _running(job, program))
+
+
+def _running(job: str, program: bytes) -> list[int]:
+    return [pid for pid in processes_of(job) if program in command_of(pid)]
+
+
+def _has_pending(pid: int, number: signal.Signals) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    pending = re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
+    return bool(pending and int(pending[1], 16) >> (number - 1) & 1)
+
+
+def command_of(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
     except OSError:
@@ -291,12 +315,14 @@ def _command(pid: int) -> bytes:
 def processes_of(job: str) -> list[int]:
     """Processes that run inside ``job``, its slurmstepd included."""
     keepers = [
-        pid for pid in _all_processes() if _command(pid).startswith(f"slurmstepd: [{job}.".encode())
+        pid
+        for pid in _all_processes()
+        if command_of(pid).startswith(f"slurmstepd: [{job}.".encode())
     ]
-    return [*keepers, *_processes_with(f"SLURM_JOB_ID={job}")]
+    return [*keepers, *processes_with(f"SLURM_JOB_ID={job}")]
 
 
-def _processes_with(variable: str) -> list[int]:
+def processes_with(variable: str) -> list[int]:
     """Processes that were started with ``NAME=value`` in their environment."""
     found = []
     for pid in _all_processes():
@@ -335,7 +361,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 # A requeued job waits as long as a credential lives, two minutes if nothing is said.
-AuthInfo=socket={root}/munge.socket,cred_expire=5
+AuthInfo=socket={root}/munge.socket,cred_expire=15
 CredType=cred/munge
 SlurmctldPort={port}
 SlurmdPort={node_port}
@@ -357,7 +383,11 @@ SelectTypeParameters=CR_Core_Memory
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=2,sched_min_interval=0
 GresTypes=gpu
-AccountingStorageType=accounting_storage/none
+# Without cgroups this is what enforces memory limits.
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=1
+JobAcctGatherParams=OverMemoryKill
+{accounting}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 # The nodes claim more than this machine has.
@@ -366,11 +396,12 @@ SlurmctldParameters={node_check}
 ReturnToService=2
 SlurmdTimeout=300
 SlurmctldTimeout=10
+MessageTimeout=60
 KillWait=5
-MinJobAge=3600
 FirstJobId={first_job}
 {nodes}
 PartitionName=cpu Nodes=n1 Default=YES MaxTime=1-00:00:00 State=UP
 PartitionName=gpu Nodes=n[2-3] MaxTime=1-00:00:00 PriorityTier=1 State=UP
+PartitionName=spare Nodes=n[2-3] MaxTime=1-00:00:00 PriorityTier=1 PreemptMode=CANCEL State=UP
 PartitionName=urgent Nodes=n[2-3] MaxTime=1-00:00:00 PriorityTier=10 PreemptMode=OFF State=UP
 """

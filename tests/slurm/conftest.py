@@ -7,17 +7,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
+import venv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import yaml
 from filelock import FileLock
 
-from tests.slurm.cluster import Cluster, Job, missing, wait_until
+from tests.slurm.accounting import NEEDED, AccountedCluster
+from tests.slurm.cluster import PATIENCE, Cluster, Job, missing, wait_until
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = {
@@ -33,34 +37,69 @@ SWEEP: dict[str, Any] = {
 }
 CELL = "results/demo-2l/L0_4/seed_0"
 OTHER = "results/demo-2l/L0_8/seed_0"
+TRAINED = ("phase1", "phase2", "evaluation.json", "tables", "figures", "logs", "benchmarks")
+"""What of a finished sweep a clone is to make itself."""
 
 
 @pytest.fixture(scope="session")
 def cluster(worker_id: str) -> Iterator[Cluster]:
-    """Slurm, one for each worker. The directory's path is short because sockets' must be."""
+    """Slurm, one for each worker."""
     if os.environ.get("SPALF_TEST_SLURM") != "1":
         pytest.skip("boots a Slurm: run make test-slurm")
     if missing():
         pytest.skip(f"not installed: {', '.join(missing())} (Debian: slurm-wlm munge)")
     if os.geteuid() != 0:
         pytest.skip("slurmd starts jobs as their user, which takes root")
-    with tempfile.TemporaryDirectory(prefix="slurm-") as directory:
-        Path(directory).chmod(0o755)
-        running = Cluster(Path(directory), int(worker_id.removeprefix("gw").replace("master", "0")))
-        try:
-            running.start()
-            yield running
-        finally:
-            running.stop()
+    with booted(Cluster, number(worker_id)) as running:
+        yield running
+
+
+@pytest.fixture
+def accounted(cluster: Cluster, worker_id: str) -> Iterator[AccountedCluster]:
+    """Slurm with accounting, for one test."""
+    if missing(NEEDED):
+        needed = "slurmdbd mariadb-server-core mariadb-client-core"
+        pytest.skip(f"not installed: {', '.join(missing(NEEDED))} (Debian: {needed})")
+    with booted(AccountedCluster, 10 + number(worker_id)) as running:
+        yield running
+
+
+def number(worker_id: str) -> int:
+    """Of a worker, from 0."""
+    return int(worker_id.removeprefix("gw").replace("master", "0"))
+
+
+AnyCluster = TypeVar("AnyCluster", bound=Cluster)
+
+
+@contextmanager
+def booted(kind: type[AnyCluster], index: int) -> Iterator[AnyCluster]:
+    """A cluster in a directory whose path is short, because those of sockets must be."""
+    directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+    directory.chmod(0o755)
+    name = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+    reaper = subprocess.Popen(
+        [sys.executable, "-m", "tests.slurm.reaper", name, str(directory), str(index)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    running = kind(directory, index)
+    try:
+        running.start()
+        yield running
+    finally:
+        reaper.communicate()
+    assert reaper.returncode == 0
 
 
 class Clone:
-    """A clone of the repository in a path with a space, and snakemake run at its root.
+    """A clone of the repository in a path with a space, its environment inside, as users have it.
 
     Attributes:
         path: the clone.
         finished: inode of each finished result.
-        remade: those that went away or had another inode later.
+        remade: those that were other files later.
     """
 
     def __init__(self, parent: Path, cluster: Cluster | None, l0_targets: list[int]) -> None:
@@ -78,13 +117,30 @@ class Clone:
         self.path.mkdir(parents=True)
         for name in ("Snakefile", "environment.yml"):
             shutil.copy(ROOT / name, self.path)
-        for name in ("workflow", "config"):
+        for name in ("spalf", "workflow", "config"):
             shutil.copytree(ROOT / name, self.path / name, symlinks=True)
         for name in ("slurm", "profiles"):
             shutil.copy(ROOT / name, self.path / name, follow_symlinks=False)
+        self._make_environment()
         sweep = {**SWEEP, "grid": {"L0_target": l0_targets, "seed": [0]}}
         (self.path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
         self._set_site()
+
+    def _make_environment(self) -> None:
+        """A ``.venv`` with this package and what the one that runs the tests has."""
+        home = self.path / ".venv"
+        venv.create(home, symlinks=True)
+        packages = sysconfig.get_path("purelib")
+        added = Path(sysconfig.get_path("purelib", vars={"base": str(home)})) / "packages.pth"
+        added.write_text(
+            f"{self.path}\nimport site; site.addsitedir({packages!r})\n", encoding="utf-8"
+        )
+        for name, module in (("snakemake", "snakemake.cli"), ("spalf", "spalf.cli.main")):
+            script = home / "bin" / name
+            # What pip writes where a #! line cannot hold the path.
+            text = f"#!/bin/sh\n'''exec' \"{home}/bin/python\" \"$0\" \"$@\"\n' '''\n"
+            script.write_text(f"{text}from {module} import main\nmain()\n", encoding="utf-8")
+            script.chmod(0o755)
 
     def _set_site(self) -> None:
         """Uncomment the partition, as a site would; ask for states more often than it should."""
@@ -114,12 +170,8 @@ class Clone:
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start ``snakemake``; what it says goes to ``snakemake.<n>.log`` in the clone."""
-        command = [sys.executable, "-m", "snakemake", "--configfile", "sweep.yaml", *arguments]
+        command = ["snakemake", "--configfile", "sweep.yaml", *arguments]
         command = ["env", "--default-signal=INT", *command]
-        extra = self._cluster.environment if self._cluster else {}
-        search = os.pathsep.join(
-            [extra.get("PATH", os.environ["PATH"]), str(Path(sys.executable).parent)]
-        )
         with self._log(len(self._processes)).open("wb") as log:
             process = subprocess.Popen(
                 command,
@@ -128,17 +180,18 @@ class Clone:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={
-                    **os.environ,
-                    **extra,
-                    "PATH": search,
-                    "PYTHONPATH": str(ROOT),
-                    "PYTHONDONTWRITEBYTECODE": "1",
-                    **environment,
-                },
+                env={**self.environment(), **environment},
             )
         self._processes.append(process)
         return process
+
+    def environment(self) -> dict[str, str]:
+        """Variables of a shell in which the clone's environment and the cluster are at hand."""
+        extra = self._cluster.environment if self._cluster else {}
+        found = {**os.environ, **extra, "PYTHONDONTWRITEBYTECODE": "1"}
+        found.pop("PYTHONPATH", None)
+        found["PATH"] = os.pathsep.join([str(self.path / ".venv/bin"), found["PATH"]])
+        return found
 
     def sweep(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start the user's command: ``snakemake --profile slurm``."""
@@ -159,9 +212,11 @@ class Clone:
 
         def training() -> bool:
             steps = [int(path.name[5:]) for path in checkpoints.glob("step_*")]
-            return max(steps, default=0) > after and bool(self._running())
+            over = all(process.poll() is not None for process in self._processes)
+            return over or (max(steps, default=0) > after and bool(self._running()))
 
-        wait_until(training, f"training past step {after}\n{self.said()}", 120)
+        wait_until(training, f"training past step {after}")
+        assert self._running(), self.said()
         return self._running()[0]
 
     def _running(self) -> list[Job]:
@@ -185,25 +240,22 @@ class Clone:
         return self.path / f"snakemake.{index}.log"
 
     def _watch(self) -> None:
-        """Note when a finished result goes away or is replaced: its step ran twice."""
+        """Note when a finished result is replaced: its step ran twice."""
         patterns = ("init/metadata.json", "phase?/metadata.json", "evaluation.json")
         while not self._watching.wait(0.05):
-            seen = {
-                path: _inode(path)
-                for pattern in patterns
-                for path in self.path.glob(f"results/demo-2l/L0_*/seed_0/{pattern}")
-            }
-            for path, inode in self.finished.items():
-                if seen.get(path, inode if _inode(path) == inode else None) != inode:
-                    self.remade.add(path)
-            self.finished |= {path: inode for path, inode in seen.items() if inode}
+            for pattern in patterns:
+                for path in self.path.glob(f"results/demo-2l/L0_*/seed_0/{pattern}"):
+                    self._note(path)
 
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return None
+    def _note(self, path: Path) -> None:
+        try:
+            inode = path.stat().st_ino
+            if path not in self.finished:  # the link keeps the number from being used again
+                (self.path / f"seen.{len(self.finished)}").hardlink_to(path)
+        except OSError:  # deleted since; a step that finds it kept puts the same file back
+            return
+        if self.finished.setdefault(path, inode) != inode:
+            self.remade.add(path)
 
 
 @pytest.fixture(scope="session")
@@ -217,7 +269,7 @@ def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
         clone = Clone(shared / "reference", None, [4])
         if not made:
             process = clone.start()
-            assert process.wait(timeout=280) == 0, clone.said()
+            assert process.wait(PATIENCE) == 0, clone.said()
     yield clone
     clone.end()
 
@@ -226,8 +278,7 @@ def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def clone(cluster: Cluster, reference: Clone, tmp_path: Path) -> Iterator[Clone]:
     """A clone that has its calibration and its initialised autoencoder, and trains next."""
     result = Clone(tmp_path, cluster, [4])
-    trained = ("phase1", "phase2", "evaluation.json", "tables", "figures", "logs", "benchmarks")
-    result.continue_from(reference, without=trained)
+    result.continue_from(reference, without=TRAINED)
     yield result
     result.end()
     for job in result.jobs():

@@ -11,25 +11,35 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from spalf.config import load_sweep
-from tests.slurm.cluster import Cluster, slow_down, wait_until
-from tests.slurm.conftest import CELL, OTHER, ROOT, Clone
+from spalf.config import RunConfig, load_sweep
+from tests.slurm.cluster import (
+    PATIENCE,
+    Cluster,
+    Job,
+    asked_to_end,
+    command_of,
+    freeze,
+    processes_of,
+    wait_until,
+)
+from tests.slurm.conftest import CELL, OTHER, TRAINED, Clone
 from workflow import resources
 
-pytestmark = [pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.timeout(2 * PATIENCE)]
 
+TRAINING = b"/spalf phase1 "
+"""In the command line of a Phase 1."""
 STEPS = ("phase1", "phase2", "evaluate")
 
 
 def finish(clone: Clone, process: subprocess.Popen[bytes], reference: Clone) -> None:
     """Wait for the end of the sweep and check what must hold after every fault."""
-    assert process.wait(timeout=300) == 0, clone.said()
+    assert process.wait(PATIENCE) == 0, clone.said()
     assert clone.frontier() == reference.frontier()
     assert not clone.remade
     assert not list(clone.path.glob("results/**/*.checkpoints"))
@@ -48,6 +58,29 @@ def waits(clone: Clone) -> bool:
     return log.exists() and "waiting" in log.read_text(encoding="utf-8")
 
 
+def asked_for(
+    clone: Clone, attempt: int = 1, *, measured: bool = True
+) -> tuple[RunConfig, int, resources.Site | None]:
+    """What the resources of the first cell's steps follow from."""
+    sweep = load_sweep(clone.path / "sweep.yaml")
+    config = sweep.run_config(next(sweep.cells()))
+    metadata = clone.path / "results/demo-2l/calibration/metadata.json"
+    return config, attempt, resources.measured_site(metadata) if measured else None
+
+
+def memory(job: Job) -> int:
+    """Megabytes that a job asked for."""
+    found = re.search(r"mem=(\d+)M", job.tres)
+    assert found, job.tres
+    return int(found[1])
+
+
+def assert_same_cell(clone: Clone, reference: Clone) -> None:
+    """What was measured on the first cell of a larger grid is what it is alone."""
+    here, there = (json.loads(c.text(f"{CELL}/evaluation.json")) for c in (clone, reference))
+    assert here["phases"] == there["phases"]
+
+
 def test_every_step_is_a_job_on_a_gpu_node(
     cluster: Cluster, reference: Clone, tmp_path: Path
 ) -> None:
@@ -56,16 +89,13 @@ def test_every_step_is_a_job_on_a_gpu_node(
     clone.end()
     jobs = clone.jobs()
     assert sorted(job.step for job in jobs) == sorted(["calibrate", "init", *STEPS])
-    sweep = load_sweep(clone.path / "sweep.yaml")
-    config = sweep.run_config(next(sweep.cells()))
-    site = resources.measured_site(clone.path / "results/demo-2l/calibration/metadata.json")
     for job in jobs:
-        known = None if job.step == "calibrate" else site
+        known = asked_for(clone, measured=job.step != "calibrate")
         assert job.state == "COMPLETED"
         assert job.node in ("n2", "n3")
         assert job.gpus == 1
-        assert job.minutes == resources.minutes(job.step, config, site=known)
-        assert f"mem={resources.memory_mb(job.step, config, site=known)}M" in job.tres
+        assert job.minutes == resources.minutes(job.step, *known)
+        assert memory(job) == resources.memory_mb(job.step, *known)
         assert "cpu=1," in job.tres
     assert re.search(r"job \d+ on n[23], GPU \d", clone.text(f"{CELL}/logs/phase1.log"))
 
@@ -74,7 +104,11 @@ def test_cancelled_job_is_retried_from_its_checkpoint(
     cluster: Cluster, clone: Clone, reference: Clone
 ) -> None:
     process = clone.sweep()
-    cluster.call("scancel", clone.wait_for_training().id)
+    job = clone.wait_for_training()
+    interpreter = os.fsencode(clone.path / ".venv/bin/python")
+    assert b" " in interpreter
+    assert any(command_of(pid).startswith(interpreter) for pid in processes_of(job.id))
+    cluster.call("scancel", job.id)
     finish(clone, process, reference)
     assert [job.state for job in clone.jobs("phase1")] == ["CANCELLED", "COMPLETED"]
     assert resumed_at(clone) > 0
@@ -89,7 +123,7 @@ def test_lost_node(
     cluster.lose_node(job.node, job.id, processes_too=processes_too)
     try:
         if not processes_too:  # the job that lives on must not be done before the second one comes
-            slow_down(job.id, b"/spalf phase1 ", lambda: waits(clone))
+            freeze(job.id, TRAINING, lambda: waits(clone), "the second job to wait")
         finish(clone, process, reference)
     finally:
         cluster.return_node(job.node)
@@ -98,6 +132,30 @@ def test_lost_node(
     assert again.node != job.node
     assert processes_too or waits(clone)
     assert not processes_too or resumed_at(clone) > 0
+
+
+def test_orphan_that_finishes_before_its_twin_begins(
+    cluster: Cluster, clone: Clone, reference: Clone
+) -> None:
+    """Snakemake deletes the orphan's result when the twin begins; it is put back."""
+    process = clone.sweep()
+    job = clone.wait_for_training()
+    cluster.lose_node(job.node, job.id, processes_too=False)
+    try:
+        wait_until(lambda: clone.jobs("phase1")[0].restarts == 1, "the job to be requeued")
+        cluster.call("scontrol", "hold", job.id)
+        wait_until((clone.path / CELL / "phase1/metadata.json").exists, "the orphan's result")
+        wait_until(lambda: not pythons(job.id), "the orphan's end")
+        assert clone.jobs("phase1")[0].state == "PENDING"
+        cluster.call("scontrol", "release", job.id)
+        finish(clone, process, reference)
+    finally:
+        cluster.return_node(job.node)
+    assert "was finished by an earlier job" in clone.text(f"{CELL}/logs/phase1.log")
+
+
+def pythons(job: str) -> list[int]:
+    return [pid for pid in processes_of(job) if b"python" in command_of(pid)]
 
 
 def test_controller_goes_away(cluster: Cluster, clone: Clone, reference: Clone) -> None:
@@ -114,11 +172,14 @@ def test_controller_goes_away(cluster: Cluster, clone: Clone, reference: Clone) 
 
 
 def test_time_limit(cluster: Cluster, clone: Clone, reference: Clone) -> None:
-    """Slurm's shortest limit is a minute; the first job is slowed down until it is warned of it."""
-    clone.edit_profile("TERM@60", "TERM@30")
-    process = clone.sweep("--set-resources", "phase1:runtime=5 * attempt - 4")
+    """The job under way gets a limit one to two minutes from now, and stands still until then."""
+    process = clone.sweep()
     job = clone.wait_for_training()
-    slow_down(job.id, b"/spalf phase1 ", lambda: clone.jobs("phase1")[0].over)
+    *_, minutes, _ = cluster.call("squeue", "--noheader", "--jobs", job.id, "--format=%M").split(
+        ":"
+    )
+    cluster.call("scontrol", "update", f"JobId={job.id}", f"TimeLimit={int(minutes) + 2}")
+    freeze(job.id, TRAINING, lambda: asked_to_end(job.id, TRAINING), "the signal of the limit")
     finish(clone, process, reference)
     first, last = clone.jobs("phase1")
     assert first.state in ("FAILED", "TIMEOUT")
@@ -147,12 +208,12 @@ def test_killed_snakemake_is_started_again(clone: Clone, reference: Clone, how: 
     process = clone.sweep()
     clone.wait_for_training()
     os.kill(process.pid, signal.Signals[how])
-    assert process.wait(timeout=120) != 0
+    assert process.wait(PATIENCE) != 0
     if how == "SIGKILL":
         refused = clone.sweep()
-        assert refused.wait(timeout=60) == 1
+        assert refused.wait(PATIENCE) == 1
         assert "snakemake --unlock" in clone.said()
-        assert clone.start("--unlock").wait(timeout=60) == 0
+        assert clone.start("--unlock").wait(PATIENCE) == 0
     finish(clone, clone.sweep(), reference)
 
 
@@ -161,36 +222,36 @@ def test_orphan_that_finished_meanwhile_is_accepted(clone: Clone, reference: Clo
     clone.wait_for_training()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    wait_until(lambda: clone.jobs("phase1")[0].over, "the orphan's end", 120)
-    assert clone.start("--unlock").wait(timeout=60) == 0
+    wait_until(lambda: clone.jobs("phase1")[0].over, "the orphan's end")
+    assert clone.start("--unlock").wait(PATIENCE) == 0
     finish(clone, clone.sweep(), reference)
     assert len(clone.jobs("phase1")) == 1
 
 
 def test_job_that_always_fails(cluster: Cluster, reference: Clone, tmp_path: Path) -> None:
     clone = Clone(tmp_path, cluster, [4, 8])
-    trained = ("phase1", "phase2", "evaluation.json", "tables", "figures", "logs", "benchmarks")
-    clone.continue_from(reference, without=trained)
+    clone.continue_from(reference, without=TRAINED)
     damaged = clone.path / OTHER / "phase1.checkpoints"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("a file where a directory must be", encoding="utf-8")
     clone.edit_profile("# max_runtime: 1440 ", "max_runtime: 12 ")
     process = clone.sweep()
-    assert process.wait(timeout=300) == 1, clone.said()
+    assert process.wait(PATIENCE) == 1, clone.said()
     clone.end()
     failed = [job for job in clone.jobs("phase1") if job.comment.endswith("8_0")]
     assert [job.state for job in failed] == ["FAILED"] * 3
     assert [job.minutes for job in failed] == [12] * 3
-    evaluation = json.loads(clone.text(f"{CELL}/evaluation.json"))
-    expected = json.loads(reference.text(f"{CELL}/evaluation.json"))
-    assert evaluation["phases"] == expected["phases"]
+    assert_same_cell(clone, reference)
+    assert [memory(job) for job in failed] == [
+        resources.memory_mb("phase1", *asked_for(clone, attempt)) for attempt in (1, 2, 3)
+    ]
     summary = clone.said().split("1 step failed or stopped", 1)[1]
     for words in ("demo-2l L0_8 seed_0 phase1", f"job {failed[-1].id} on n", "logs/phase1.log"):
         assert words in summary
     shown = subprocess.run(
-        [str(Path(sys.executable).with_name("spalf")), "status", "results"],
+        ["spalf", "status", "results"],
         cwd=clone.path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=clone.environment(),
         capture_output=True,
         text=True,
     ).stdout

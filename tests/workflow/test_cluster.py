@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 import types
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,7 +22,7 @@ import yaml
 from spalf.report.status import describe_status, describe_stopped, sweep_status
 from tests.workflow.conftest import ROOT, SMALL, Sweep
 from tests.workflow.test_steps import run_config
-from workflow import lock, outage, resources
+from workflow import executor, lock, resources
 from workflow.resources import Site, measured_site
 
 LAUNCH = ROOT / "workflow" / "scripts" / "launch.py"
@@ -49,9 +51,15 @@ def test_profiles_agree_on_what_reruns(profile: str) -> None:
 
 def test_site_block_uncommented_is_valid_yaml() -> None:
     lines = (ROOT / "slurm/config.yaml").read_text(encoding="utf-8").splitlines()
-    start, end = lines.index("# set-resources:"), lines.index("#   evaluate: *gpu")
+    start, end = lines.index("# set-resources:"), lines.index("#   dashboard: *gpu")
     block = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines[start : end + 1]))
-    assert set(block["set-resources"]) == {"calibrate", "init", "phase1", "phase2", "evaluate"}
+    rules = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "workflow/rules").glob("*.smk")
+    )
+    with_gpu = re.findall(
+        r"^rule (\w+):(?:(?!^rule ).)*? gpu=gpus,", rules, re.MULTILINE | re.DOTALL
+    )
+    assert set(block["set-resources"]) == set(with_gpu) >= {"calibrate", "phase1", "evaluate"}
     assert block["set-resources"]["evaluate"] == {"gpu_model": "a100"}
 
 
@@ -165,9 +173,9 @@ def test_lock_left_by_a_killed_run_is_explained_by_the_next(finished: Sweep) -> 
 
 
 class Executor:
-    """Answers for ``ask`` jobs, or forgets them all when the controller is away."""
+    """Answers for a job, or for none when the controller is away."""
 
-    def __init__(self, answers: bool) -> None:
+    def __init__(self, answers: bool = True) -> None:
         self._status_query_calls, self._answers = 0, answers
 
     async def check_active_jobs(self, jobs: list[str]) -> AsyncIterator[str]:
@@ -175,22 +183,86 @@ class Executor:
             self._status_query_calls += 1
             yield jobs[0]
 
+    def get_python_executable(self) -> str:
+        return sys.executable
+
+
+SAID = {"1": "CANCELLED by 1000", "2": "PREEMPTED", "3": "RUNNING"}
+
+
+async def query_job_status(command: str, logger: object) -> tuple[dict[str, str] | None, float]:
+    return (SAID if command else None), 0.5
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for the Slurm plugin, mended."""
+    made: Any = types.ModuleType(executor.PLUGIN)
+    made.Executor = type("Mended", (Executor,), {})
+    made.query_job_status = query_job_status
+    made.pending_jobs_for_rule = lambda dag, rule_name: 3
+    monkeypatch.setitem(sys.modules, executor.PLUGIN, made)
+    executor.mend()
+    executor.mend()  # twice is once
+    return made
+
 
 @pytest.mark.parametrize(("answers", "kept"), [(True, ["a"]), (False, ["a", "b"])])
 def test_jobs_without_an_answer_are_asked_about_again(
-    monkeypatch: pytest.MonkeyPatch, answers: bool, kept: list[str]
+    plugin: Any, answers: bool, kept: list[str]
 ) -> None:
-    plugin = types.ModuleType(outage.PLUGIN)
-    plugin.Executor = type("Patched", (Executor,), {})  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, outage.PLUGIN, plugin)
-    outage.keep_jobs_without_answer()
-    outage.keep_jobs_without_answer()  # twice is once
-
     async def ask() -> list[str]:
-        executor = plugin.Executor(answers)
-        return [job async for job in executor.check_active_jobs(["a", "b"])]
+        asked = plugin.Executor(answers).check_active_jobs(["a", "b"])
+        return [job async for job in asked]
 
     assert asyncio.run(ask()) == kept
+
+
+@pytest.mark.parametrize(
+    ("command", "states"),
+    [
+        ("squeue --name x", {"1": "CANCELLED", "2": "CANCELLED", "3": "RUNNING"}),
+        ("sacct --name x", {"1": "CANCELLED", "2": "PREEMPTED", "3": "RUNNING"}),
+        ("", None),
+    ],
+)
+def test_states_are_in_words_that_the_plugin_knows(
+    plugin: Any, command: str, states: dict[str, str] | None
+) -> None:
+    assert asyncio.run(plugin.query_job_status(command, None)) == (states, 0.5)
+
+
+def test_no_job_of_an_array_is_put_aside(plugin: Any) -> None:
+    assert plugin.pending_jobs_for_rule(None, "init") == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/opt/venv/bin/python", "/opt/venv/bin/python"),
+        ("/opt/my venv/bin/python", "'/opt/my venv/bin/python'"),
+    ],
+)
+def test_interpreter_is_one_word(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch, path: str, word: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", path)
+    assert plugin.Executor().get_python_executable() == word
+
+
+def test_the_installed_plugin_has_what_is_mended() -> None:
+    script = (
+        "import snakemake_executor_plugin_slurm as slurm\n"
+        "import snakemake_executor_plugin_slurm_jobstep as jobstep\n"
+        "from workflow import executor\n"
+        "executor.mend()\n"
+        "for owner, name in [(slurm.Executor, 'check_active_jobs'), (slurm, 'query_job_status'),\n"
+        "    (slurm, 'pending_jobs_for_rule'),\n"
+        "    (slurm.Executor, 'get_python_executable'),\n"
+        "    (jobstep.Executor, 'get_python_executable')]:\n"
+        "    assert getattr(owner, name).__wrapped__, name\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_failed_cell_is_named_at_the_end(sweep: Sweep) -> None:
@@ -228,9 +300,10 @@ def test_status_says_which_job_node_reason_and_log(tmp_path: Path) -> None:
     assert describe_stopped(tmp_path).startswith("1 step failed or stopped")
 
 
-def test_status_of_a_job_that_never_got_to_its_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["oom_kill event", "StepId=8.0 exceeded memory limit (3 > 2)"])
+def test_status_of_a_job_that_never_got_to_its_step(tmp_path: Path, words: str) -> None:
     cell = tmp_path / "tiny" / "L0_4" / "seed_0"
     write(cell / "logs/phase1.log", "job 7 on n3\nspalf: stopped after step 9\n")
-    write(tmp_path / "logs/slurm/rule_phase1/tiny_4_0/8.log", "oom_kill event\n")
+    write(tmp_path / "logs/slurm/rule_phase1/tiny_4_0/8.log", f"{words}\n")
     (status,) = sweep_status(tmp_path)
     assert (status.job, status.node, status.reason) == ("8", "", "out of memory")
