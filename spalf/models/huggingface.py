@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spalf.models.interface import Edit, SiteModel
-from spalf.models.sites import FAMILIES, Site
+from spalf.models.sites import FAMILIES, Site, parse_hook_point
 
 
 class HuggingFaceModel(SiteModel):
@@ -26,7 +26,7 @@ class HuggingFaceModel(SiteModel):
     def __init__(self, model: Any, name: str, hook_point: str, site: Site) -> None:
         self.name, self.hook_point = name, hook_point
         self._model = model.requires_grad_(False).eval()
-        self._module, self._at_input = _locate(model, site)
+        self._site = site
         self.device = model.device
         self.d_model = model.config.hidden_size
         self.n_layers = model.config.num_hidden_layers
@@ -41,24 +41,45 @@ class HuggingFaceModel(SiteModel):
         logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
         return logits
 
-    @contextmanager
-    def _hooked(self, edit: Edit) -> Iterator[None]:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (edit(args[0]), *args[1:])
+    def _hooked(self, edit: Edit) -> AbstractContextManager[None]:
+        return _edited_site(self._model, self._site, edit)
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if isinstance(output, tuple):  # attention also returns its pattern
-                return (edit(output[0]), *output[1:])
-            return edit(output)
 
-        if self._at_input:
-            handle = self._module.register_forward_pre_hook(before)
-        else:
-            handle = self._module.register_forward_hook(after)
-        try:
-            yield
-        finally:
-            handle.remove()
+def edited(model: Any, hook_point: str, edit: Edit) -> AbstractContextManager[None]:
+    """While it lasts, ``edit`` replaces the value at a site of a Hugging Face model.
+
+    The model itself is not changed; hooks that are on it stay.
+
+    Args:
+        model: a causal language model of one of the `FAMILIES`.
+        hook_point: TransformerLens name of the site.
+        edit: maps the site's value, in the model's own dtype, to its replacement.
+
+    Raises:
+        UserError: the model has no such site.
+    """
+    return _edited_site(model, parse_hook_point(hook_point, model.config), edit)
+
+
+@contextmanager
+def _edited_site(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (edit(args[0]), *args[1:])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):  # attention also returns its pattern
+            return (edit(output[0]), *output[1:])
+        return edit(output)
+
+    module, at_input = _locate(model, site)
+    if at_input:
+        handle = module.register_forward_pre_hook(before)
+    else:
+        handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _locate(model: nn.Module, site: Site) -> tuple[nn.Module, bool]:

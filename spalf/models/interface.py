@@ -59,6 +59,11 @@ class LanguageModel(Protocol):
         ...
 
 
+def in_float32(patch: Edit) -> Edit:
+    """A patch of float32 values, for a site of any dtype."""
+    return lambda site: patch(site.float()).to(site.dtype)
+
+
 class _SiteReached(Exception):
     """Raised at the site, so that the layers above it are not run."""
 
@@ -104,9 +109,9 @@ class SiteModel(ABC):
 
     def patched_logits(self, tokens: Tensor, patch: Edit) -> Tensor:
         """See `LanguageModel.patched_logits`."""
-
-        def replace(site: Tensor) -> Tensor:
-            return patch(site.float()).to(site.dtype)
-
-        with self._hooked(replace):
+        with self._hooked(in_float32(patch)):
             return self._forward(tokens.to(self.device)).float()
+
+    def patched(self, patch: Edit) -> AbstractContextManager[None]:
+        """While it lasts, every forward pass has the site replaced as in `patched_logits`."""
+        return self._hooked(in_float32(patch))

@@ -21,6 +21,7 @@ from spalf.models.transformer_lens import TransformerLensModel
 BUNDLED_PREFIX = "spalf/"
 _BUNDLED = Path(__file__).parent.parent / "bundled"
 _TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|spiece|sentencepiece|.*\.(model|tiktoken)$")
+_OTHER_FILES = {"config.json", "special_tokens_map.json", "added_tokens.json"}
 _OFFLINE = "with no network, give a local directory or a bundled model such as spalf/demo-2l"
 
 
@@ -57,6 +58,23 @@ def _require_complete(model_name: str, path: Path) -> None:
     if not any(path.glob("*.safetensors")):
         remedy = "has no *.safetensors weights; save the model with safetensors"
         raise UserError("model_name", model_name, remedy)
+
+
+def identifying_files(directory: Path) -> list[Path]:
+    """The files of a model's directory that make it this model and no other, by name.
+
+    Configuration, weights, tokenizer, and the code that may come with it.
+    """
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+        and (
+            path.name in _OTHER_FILES
+            or path.suffix in {".safetensors", ".py"}
+            or _TOKENIZER_FILE.match(path.name)
+        )
+    ]
 
 
 def load_tokenizer(

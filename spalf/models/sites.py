@@ -68,21 +68,31 @@ def hook_points(model_config: Any) -> list[str]:
     return [f"blocks.{layer}.{kind}" for layer in layers for kind in KINDS]
 
 
+def layer_and_kind(hook_point: str) -> tuple[int, str] | None:
+    """Layer and kind of site of a hook name such as ``blocks.6.hook_resid_post``, else ``None``."""
+    match = _HOOK_NAME.fullmatch(hook_point)
+    return (int(match[1]), match[2]) if match else None
+
+
 def parse_hook_point(hook_point: str, model_config: Any) -> Site:
     """The site that a hook name stands for.
 
     Raises:
         UserError: it is not one of `hook_points`.
     """
-    match = _HOOK_NAME.fullmatch(hook_point)
-    if match is None or hook_point not in hook_points(model_config):
+    found = layer_and_kind(hook_point)
+    if found is None or hook_point not in hook_points(model_config):
         raise unknown_hook_point(hook_point, model_config)
-    return Site(int(match[1]), match[2])
+    return Site(*found)
 
 
 def unknown_hook_point(hook_point: str, model_config: Any) -> UserError:
-    """The error for a hook name that the model does not have."""
-    last = model_config.get_text_config().num_hidden_layers - 1
-    layers = f"L = 0 to {last}" if last else "L = 0"
+    """The error for a hook name that a model with this Hugging Face config does not have."""
+    return no_such_site(hook_point, model_config.get_text_config().num_hidden_layers)
+
+
+def no_such_site(hook_point: str, n_layers: int) -> UserError:
+    """The error for a hook name that a model of ``n_layers`` blocks does not have."""
+    layers = f"L = 0 to {n_layers - 1}" if n_layers > 1 else "L = 0"
     remedy = f"no such site; this model has {', '.join(f'blocks.L.{k}' for k in KINDS)}, {layers}"
     return UserError("hook_point", hook_point, remedy)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spalf.errors import UserError
 from spalf.models.interface import Edit, SiteModel
-from spalf.models.sites import unknown_hook_point
+from spalf.models.sites import no_such_site, unknown_hook_point
 
 
 class TransformerLensModel(SiteModel):
@@ -59,10 +59,8 @@ class TransformerLensModel(SiteModel):
 
     @contextmanager
     def _hooked(self, edit: Edit) -> Iterator[None]:
-        def replace(value: Tensor, hook: Any) -> Tensor:
-            return edit(value)
-
-        self._hook.add_hook(replace)
+        # Not through `edited`: with many layers, looking a name up costs as much as a forward pass.
+        self._hook.add_hook(_as_hook(edit))
         try:
             yield
         finally:
@@ -72,3 +70,30 @@ class TransformerLensModel(SiteModel):
         probe = torch.zeros((1, 2), dtype=torch.int64)
         if self.activations(probe).shape != (1, 2, self.d_model):
             raise unknown_hook_point(self.hook_point, hf_config)
+
+
+def edited(model: Any, hook_point: str, edit: Edit) -> AbstractContextManager[None]:
+    """While it lasts, ``edit`` replaces the value at a hook of a TransformerLens model.
+
+    Args:
+        model: a ``TransformerBridge`` or a ``HookedTransformer``; hooks that are on it stay.
+        hook_point: name of the hook.
+        edit: maps the value, in the model's own dtype, to its replacement.
+
+    Raises:
+        UserError: the model has no such hook.
+    """
+    if hook_point not in model.hook_dict:
+        raise no_such_site(hook_point, model.cfg.n_layers)
+
+    hooked: AbstractContextManager[None] = model.hooks(fwd_hooks=[(hook_point, _as_hook(edit))])
+    return hooked
+
+
+def _as_hook(edit: Edit) -> Callable[..., Tensor]:
+    """``edit`` with the argument that TransformerLens hands to a hook besides the value."""
+
+    def replace(value: Tensor, hook: Any) -> Tensor:
+        return edit(value)
+
+    return replace
