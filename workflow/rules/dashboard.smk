@@ -1,0 +1,56 @@
+# Pages to look at features, one per cell. Nothing else needs them: `snakemake dashboards`.
+
+
+rule dashboard:
+    input:
+        calibrated,
+        rules.phase1.output.state,
+        rules.phase1.output.metrics,
+        rules.phase2.output.state,
+        rules.phase2.output.metrics,
+        calibration=calibration_of,
+        phase1=rules.phase1.output.metadata,
+        phase2=rules.phase2.output.metadata,
+        evaluation=rules.evaluate.output,
+        frontier=rules.aggregate.output.frontier,
+    output:
+        report(
+            f"{CELL}/dashboard.html",
+            caption="../report/dashboard.rst",
+            category="Features",
+            labels={"model": "{model}", "L0": "{L0}", "seed": "{seed}"},
+        ),
+    log:
+        f"{CELL}/logs/dashboard.log",
+    benchmark:
+        f"{CELL}/benchmarks/dashboard.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("dashboard"),
+        runtime=minutes("dashboard"),
+        gpu=gpus,
+        execution=execution,
+        launch=launch,
+    params:
+        revision=steps.REVISIONS["dashboard"],
+        settings=settings("dashboard"),
+        calibration=subpath(input.calibration, parent=True),
+        phase1=subpath(input.phase1, parent=True),
+        phase2=subpath(input.phase2, parent=True),
+        names=names,
+    message:
+        "Page of features of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
+    shell:
+        "exec {resources.launch} spalf dashboard --settings {params.settings:q}"
+        " --if-locked wait --runtime {resources.execution:q}"
+        " {params.names:q} --calibration {params.calibration:q}"
+        " --phase1 {params.phase1:q} --phase2 {params.phase2:q}"
+        " --evaluation {input.evaluation:q} --frontier {input.frontier:q}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
+rule dashboards:
+    input:
+        of_cells(f"{CELL}/dashboard.html"),
