@@ -11,7 +11,9 @@ if not workflow.overwrite_configfiles:
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/train.smk"
+include: "workflow/rules/imported.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/dashboard.smk"
 
 
 localrules:
@@ -19,6 +21,7 @@ localrules:
     aggregate,
     tables,
     figures,
+    dashboards,
 
 
 rule all:

@@ -97,6 +97,10 @@ def memory_mb(step: str, config: RunConfig, attempt: int = 1, site: Site | None 
     sae = {
         "calibrate": 8 * 4 * site.d_model**2,
         "init": 2 * 4 * dictionary,
+        # Every learning rate at once; their temporaries come one after the other.
+        "baseline": len(config.baselines.lrs) * ADAM_BYTES * dictionary
+        + 12 * 4 * config.batch_size * config.F,
+        "dashboard": 4 * dictionary + 3 * 4 * 16 * 64 * config.F,
     }.get(step, ADAM_BYTES * dictionary + 6 * 4 * config.batch_size * config.F)
     needed = 1500e6 + 1.2 * (bytes_per_weight * weights + logits + buffer + sae)
     return math.ceil(needed * (1 + 0.5 * (attempt - 1)) / 1e6)
@@ -156,5 +160,10 @@ def _operations(step: str, config: RunConfig, site: Site) -> float:
         "init": plan.block_tokens * (model + sae),
         "phase1": plan.phase1_steps * config.batch_size * (model + sae),
         "phase2": plan.phase2_steps * config.batch_size * (3 * model + sae),
+        "baseline": plan.total_steps
+        * config.batch_size
+        * (model + 2 * sae * len(config.baselines.lrs)),
         "evaluate": 2 * evaluated * (2 * model + sae),
+        "evaluate_baseline": evaluated * (2 * model + sae),
+        "dashboard": 2 * config.evaluate.tokens * (model + sae),
     }[step]

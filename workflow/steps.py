@@ -17,14 +17,17 @@ import yaml
 from spalf.config import EvaluateConfig, RunConfig
 
 REVISIONS = {
-    "calibrate": 1,
+    "calibrate": 2,
     "init": 1,
     "phase1": 1,
     "phase2": 1,
+    "baseline": 1,
     "evaluate": 1,
-    "aggregate": 1,
-    "figures": 1,
-    "tables": 1,
+    "evaluate_baseline": 1,
+    "aggregate": 2,
+    "figures": 2,
+    "tables": 2,
+    "dashboard": 1,
 }
 """Raise a step's number by hand when what it computes changes; it and what follows are rerun."""
 
@@ -33,17 +36,18 @@ _SITE: dict[str, Any] = dict.fromkeys(
     True,
 )
 _STREAM = _SITE | dict.fromkeys(("total_tokens", "batch_size", "seq_len"), True)
-_TRAIN = {name: True for name in RunConfig.model_fields if name not in {"output_dir", "checkpoint"}}
+_ELSEWHERE = {"output_dir", "checkpoint", "baselines"}
+_TRAIN = {name: True for name in RunConfig.model_fields if name not in _ELSEWHERE}
+_CALIBRATION: dict[str, Any] = {
+    "constants": {"delta_cov", "delta_rank", "kappa"},
+    "method": {"whitening"},
+}
+_CELL = dict.fromkeys(("F", "L0_target", "seed"), True)
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "calibrate": _STREAM
-    | {
-        "constants": {"delta_cov", "delta_rank", "kappa"},
-        "evaluate": {"tokens"},
-        "method": {"whitening"},
-    },
+    "calibrate": _STREAM | _CALIBRATION | {"evaluate": {"tokens"}},
     "init": _STREAM
-    | dict.fromkeys(("F", "L0_target", "seed"), True)
+    | _CELL
     | {
         "constants": {"delta_cov", "delta_rank", "kappa", "c_eps"},
         "method": {"whitening", "encoder_init", "anchors", "v_cap", "l0_schedule"},
@@ -52,7 +56,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     | {"runtime": {"log_every_steps"}},
     "phase2": {k: v for k, v in _TRAIN.items() if k != "evaluate"}
     | {"runtime": {"log_every_steps"}},
+    "baseline": _STREAM | _CALIBRATION | _CELL | {"baselines": True},
     "evaluate": {k: v for k, v in _TRAIN.items() if k != "runtime"},
+    "evaluate_baseline": _STREAM | _CALIBRATION | _CELL | {"R2_target": True, "evaluate": True},
+    "dashboard": {k: v for k, v in _TRAIN.items() if k != "runtime"} | {"evaluate": {"tokens"}},
 }
 """The fields of `RunConfig` each step depends on, as pydantic's ``include``."""
 

@@ -35,13 +35,29 @@ def _from_directory(directory: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _from_file(path: Path, cell: str | None) -> tuple[str, list[dict[str, Any]]]:
-    data = read_mapping(path)
-    if "models" in data:
-        name, config = _pick(parse_sweep(data, str(path)), cell)
-        title = f"{path}, {name}"
-    else:
-        title, config = str(path), parse(RunConfig, data, str(path))
+    title, config = _read(path, cell)
     return title, [row.__dict__ for row in describe(config)]
+
+
+def run_of(path: Path, cell: str | None) -> RunConfig:
+    """The configuration in a run's file, or that of one cell in a sweep's.
+
+    Args:
+        path: a YAML file.
+        cell: as ``MODEL/L0_<target>/seed_<seed>``; by default the first of a sweep.
+
+    Raises:
+        UserError: the file is neither, or ``cell`` is not in the sweep.
+    """
+    return _read(path, cell)[1]
+
+
+def _read(path: Path, cell: str | None) -> tuple[str, RunConfig]:
+    data = read_mapping(path)
+    if "models" not in data:
+        return str(path), parse(RunConfig, data, str(path))
+    name, config = _pick(parse_sweep(data, str(path)), cell)
+    return f"{path}, {name}", config
 
 
 def _pick(sweep: SweepConfig, wanted: str | None) -> tuple[str, RunConfig]:

@@ -3,18 +3,20 @@
 from spalf.config.constants import StructuralConstants
 from spalf.config.derived import Derived, Schedule, describe, schedule
 from spalf.config.io import load_run, load_sweep, parse, parse_sweep, to_yaml
+from spalf.config.sweep import Cell, ModelEntry, SweepConfig, VariantEntry
 from spalf.config.types import (
-    Cell,
+    BASELINES,
+    BaselinesConfig,
     DatasetConfig,
     EvaluateConfig,
     MethodConfig,
-    ModelEntry,
     RunConfig,
     RuntimeConfig,
-    SweepConfig,
 )
 
 __all__ = [
+    "BASELINES",
+    "BaselinesConfig",
     "Cell",
     "DatasetConfig",
     "Derived",
@@ -26,6 +28,7 @@ __all__ = [
     "Schedule",
     "StructuralConstants",
     "SweepConfig",
+    "VariantEntry",
     "describe",
     "load_run",
     "load_sweep",

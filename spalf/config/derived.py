@@ -16,6 +16,13 @@ L0_START_MULTIPLE = 4.0
 """m of M9: L0_ref starts at m·L0_target."""
 
 
+SILENCE_TOKENS = 65_536
+"""Tokens without firing after which a feature's threshold starts to sink."""
+
+ORTHO_COLUMNS = 8192
+"""Decoder columns compared per step (M8): fewer tokens where each has more features."""
+
+
 @dataclass(frozen=True)
 class Derived:
     """One derived parameter, as printed and stored."""
@@ -48,6 +55,8 @@ class Schedule:
         k_p: its proportional gain, in both phases.
         k_s_phase2: the same in Phase 2, where little time is left to settle.
         block_tokens: activations in one of the buffer's two blocks (M18).
+        silence_steps: steps without firing after which a feature's threshold starts to sink.
+        subthreshold_tokens: tokens a step on which the sub-threshold mass is estimated (M7).
         ortho_tokens: tokens a step on which co-activation is estimated (M8).
         ortho_features: features kept for each of them, the strongest first.
     """
@@ -69,6 +78,8 @@ class Schedule:
     k_p: float
     k_s_phase2: float
     block_tokens: int
+    silence_steps: int
+    subthreshold_tokens: int
     ortho_tokens: int
     ortho_features: int
 
@@ -80,6 +91,7 @@ def schedule(config: RunConfig) -> Schedule:
     phase1 = total - phase2
     start = L0_START_MULTIPLE * config.L0_target if config.method.l0_schedule else config.L0_target
     omega_c = min(0.05, max(0.01, 40 / phase1))
+    ortho_features = min(config.F, max(8, round(2 * config.L0_target)))
     return Schedule(
         total_steps=total,
         phase1_steps=phase1,
@@ -98,8 +110,10 @@ def schedule(config: RunConfig) -> Schedule:
         k_p=0.5,
         k_s_phase2=2 * omega_c,
         block_tokens=_block_tokens(config),
-        ortho_tokens=min(256, config.batch_size),
-        ortho_features=min(config.F, max(8, round(2 * config.L0_target))),
+        silence_steps=max(1, SILENCE_TOKENS // config.batch_size),
+        subthreshold_tokens=min(config.batch_size, max(256, config.batch_size // 8)),
+        ortho_tokens=min(256, config.batch_size, max(16, ORTHO_COLUMNS // ortho_features)),
+        ortho_features=ortho_features,
     )
 
 
@@ -147,7 +161,9 @@ _FROM_CONFIG = {
     "k_p": "0.5 (M14)",
     "k_s_phase2": "2·omega_c per step (M16)",
     "block_tokens": "min(2^19, total_tokens / 8), whole pairs of batches (M18)",
-    "ortho_tokens": "min(256, batch_size) (M8)",
+    "silence_steps": "65536 / batch_size",
+    "subthreshold_tokens": "clip(batch_size / 8, 256, batch_size) (M7)",
+    "ortho_tokens": "min(256, batch_size, 8192 / ortho_features) (M8)",
     "ortho_features": "clip(2·L0_target, 8, F) (M8)",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from spalf.config.base import Frozen
-from spalf.config.types import RunConfig, SweepConfig
+from spalf.config.sweep import SweepConfig
+from spalf.config.types import RunConfig
 from spalf.errors import UserError
 
 Model = TypeVar("Model", bound=Frozen)
@@ -43,7 +45,9 @@ def parse_sweep(data: Mapping[str, Any], where: str) -> SweepConfig:
         try:
             sweep.run_config(cell)
         except ValidationError as error:
-            raise _one_line(error, RunConfig, f"{where}: models.{cell.model}") from None
+            # A model's own cells come before those of its variants, so these change what is wrong.
+            entry = f"variants.{cell.variant}" if cell.variant else f"models.{cell.model}"
+            raise _one_line(error, RunConfig, f"{where}: {entry}") from None
     return sweep
 
 
@@ -75,7 +79,9 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise UserError("config", str(path), f"cannot be read: {error.strerror}") from None
     try:
-        data = yaml.safe_load(text)
+        data = _load(text)
+    except _Duplicate as error:
+        raise UserError("config", str(path), str(error)) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -88,6 +94,36 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
         kind = "empty" if data is None else f"a {type(data).__name__}"
         raise UserError("config", str(path), f"is {kind}, not a mapping of `key: value` lines")
     return data
+
+
+class _Duplicate(Exception):
+    """A key that stands twice in one mapping; says which, and where."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, which would silently take the last of several equal keys."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            # `<<` brings defaults, which the mapping's own keys override.
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line, first = key.start_mark.line + 1, lines.get((key.tag, key.value))
+            if first is not None:
+                where = f"at line {line}" if line == first else f"at lines {first} and {line}"
+                raise _Duplicate(f"key {key.value!r} is given twice, {where}; remove one")
+            lines[key.tag, key.value] = line
+        return node
+
+
+def _load(text: str) -> Any:
+    loader = _UniqueKeys(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def to_yaml(config: Frozen) -> str:
@@ -114,6 +150,9 @@ def _one_line(error: ValidationError, model: type[BaseModel], where: str) -> Use
 
 def _explain(message: str, value: object) -> str:
     remedy = message[0].lower() + message[1:]
+    close = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", message), n=1)
+    if message.startswith("Input should be '") and close:
+        return f"{remedy}; did you mean {close[0]!r}?"
     if isinstance(value, str) and "valid number" in message and _is_number(value):
         return f"{remedy}, but YAML reads this as text; write {yaml_number(float(value))}"
     return remedy

@@ -1,15 +1,13 @@
-"""What a user may write in a configuration file, as frozen typed data.
+"""What a user may write about one SAE in a configuration file, as frozen typed data.
 
-`RunConfig` describes one SAE (one cell); `SweepConfig` a grid of them over models. Both round-trip
-through YAML (`spalf.config.io`) and generate the JSON schema that the workflow validates against.
+It round-trips through YAML (`spalf.config.io`); `spalf.config.sweep` has grids of SAEs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from spalf.config.base import Frozen
 from spalf.config.constants import StructuralConstants
@@ -21,6 +19,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DictionarySize = Annotated[int, Field(gt=0, le=2**28)]
 SequenceLength = Annotated[int, Field(ge=2, le=2**20)]
 Factors = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
+
+Baseline = Literal["batchtopk", "topk", "jumprelu"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+"""The architectures that SAELens trains for comparison."""
 
 BUFFER_TOKENS = 2**20
 """Capacity of the activation buffer, in activations (M18)."""
@@ -35,16 +37,21 @@ class DatasetConfig(Frozen):
 
     Attributes:
         path: ``python-stdlib``, a Hugging Face hub id, or a local file or directory of text,
-            jsonl, parquet or Arrow.
+            jsonl, parquet or Arrow, or ``.npy`` arrays of token ids.
         name: configuration of a hub dataset.
         split: split of a hub dataset.
+        revision: branch, tag or commit of a hub dataset; by default the commit that is current
+            when the run first reads it.
         text_field: the column that holds the text.
+        tokens_field: the column that holds token ids; the dataset is tokenised already then.
     """
 
     path: NonEmpty
     name: str | None = None
     split: NonEmpty = "train"
+    revision: str | None = None
     text_field: NonEmpty = "text"
+    tokens_field: NonEmpty | None = None
 
 
 Dataset = Annotated[DatasetConfig, BeforeValidator(_dataset_shorthand)]
@@ -80,6 +87,7 @@ class MethodConfig(Frozen):
         orthogonality: keep the constraint on co-active columns (M8).
         capu: adapt the penalty coefficients (M13); off keeps them at 1.
         setpoint: the loop that makes ``L0_target`` hold (M14).
+        revival: let the thresholds of silent features sink until they fire again.
         l0_schedule: start at m·L0_target instead of at the target (M9).
         phase2_fraction: share of the token budget given to end-to-end training (M16); 0 skips it.
     """
@@ -89,13 +97,26 @@ class MethodConfig(Frozen):
     encoder_init: Literal["matched_filter", "inverse_whitening"] = "matched_filter"
     surrogate: Literal["rectangle", "moreau"] = "rectangle"
     controller: Literal["adrc", "pi", "gradient_ascent"] = "adrc"
-    anchors: bool = True
+    anchors: bool = False
     v_cap: PositiveInt | None = None
     orthogonality: bool = True
     capu: bool = True
     setpoint: bool = True
+    revival: bool = True
     l0_schedule: bool = True
     phase2_fraction: float = Field(default=0.03, ge=0, lt=1)
+
+
+class BaselinesConfig(Frozen):
+    """How the baselines of a sweep are trained; SAELens's recommended settings are the rest.
+
+    Attributes:
+        lrs: peak learning rates tried for each baseline; each keeps its own best.
+    """
+
+    lrs: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=1)
+    ] = (3e-4, 1e-3, 3e-3)
 
 
 class RuntimeConfig(Frozen):
@@ -105,7 +126,9 @@ class RuntimeConfig(Frozen):
         device: ``auto`` takes the GPU where there is one.
         threads: CPU threads; ``None`` leaves the choice to torch.
         kernel: ``auto`` takes Triton on a GPU and the PyTorch reference elsewhere.
-        tf32: allow TF32 matrix products on a GPU.
+        precision: operands of the SAE's matrix products in training; ``auto`` takes bfloat16 on a
+            GPU and float32 elsewhere. Weights, thresholds, codes and sums are float32 always.
+        tf32: allow TF32 matrix products on a GPU, where they are in float32.
         log_every_steps: steps between rows of the metrics log.
         checkpoint_every_minutes: wall-clock minutes between checkpoints.
         checkpoint_every_steps: steps between checkpoints; ``None`` leaves it to the minutes.
@@ -114,6 +137,7 @@ class RuntimeConfig(Frozen):
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: PositiveInt | None = None
     kernel: Literal["auto", "triton", "reference"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     tf32: bool = True
     log_every_steps: PositiveInt = 10
     checkpoint_every_minutes: float = Field(default=10.0, gt=0)
@@ -163,6 +187,7 @@ class RunConfig(TrainConfig):
     evaluate: EvaluateConfig = EvaluateConfig()
     method: MethodConfig = MethodConfig()
     constants: StructuralConstants = StructuralConstants()
+    baselines: BaselinesConfig = BaselinesConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
@@ -183,99 +208,3 @@ class RunConfig(TrainConfig):
                 f"batch_size = {self.batch_size}"
             )
         return self
-
-
-class SweepTrainConfig(Frozen):
-    """`TrainConfig` without ``L0_target``, which the grid supplies."""
-
-    F: DictionarySize
-    R2_target: float = Field(default=0.99, gt=0, lt=1)
-    lr: float = Field(default=3e-4, gt=0, le=1)
-    total_tokens: PositiveInt
-    batch_size: PositiveInt = 4096
-    seq_len: SequenceLength = 128
-
-
-class ModelEntry(Frozen):
-    """One language model of a sweep, and what it overrides.
-
-    Attributes:
-        train: fields of the top-level ``train`` block that differ for this model.
-        evaluate: fields of the top-level ``evaluate`` block that differ for this model.
-        dataset: replaces the top-level ``dataset``.
-    """
-
-    model_name: NonEmpty
-    hook_point: NonEmpty
-    revision: str | None = None
-    backend: Literal["auto", "huggingface", "transformer_lens"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    trust_remote_code: bool = False
-    dataset: Dataset | None = None
-    train: Mapping[str, Any] = {}
-    evaluate: Mapping[str, Any] = {}
-
-    @field_validator("train")
-    @classmethod
-    def _train_fields_only(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        # Keys that no configuration knows are found, with a suggestion, when a cell is built.
-        known = SweepTrainConfig.model_fields
-        misplaced = [key for key in value if key in RunConfig.model_fields and key not in known]
-        if misplaced:
-            raise ValueError(f"{misplaced[0]!r} cannot be overridden here; {', '.join(known)} can")
-        return value
-
-
-class GridConfig(Frozen):
-    """The axes of the sweep; every model is trained at every combination."""
-
-    L0_target: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=1)
-    ]
-    seed: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
-
-
-class Cell(Frozen):
-    """One point of the grid."""
-
-    model: Name
-    L0_target: float
-    seed: int
-
-
-class SweepConfig(Frozen):
-    """A grid of SAEs: models × L0_target × seed. This is the workflow's configuration file."""
-
-    models: Annotated[dict[Name, ModelEntry], Field(min_length=1)]
-    dataset: Dataset
-    grid: GridConfig
-    train: SweepTrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-    method: MethodConfig = MethodConfig()
-    constants: StructuralConstants = StructuralConstants()
-    runtime: RuntimeConfig = RuntimeConfig()
-
-    def cells(self) -> Iterator[Cell]:
-        """Every point of the grid, models outermost, in the order of the file."""
-        for model in self.models:
-            for l0_target in self.grid.L0_target:
-                for seed in self.grid.seed:
-                    yield Cell(model=model, L0_target=l0_target, seed=seed)
-
-    def run_config(self, cell: Cell) -> RunConfig:
-        """The complete configuration of one cell, with the model's overrides applied."""
-        entry = self.models[cell.model]
-        return RunConfig.model_validate(
-            {
-                **self.train.model_dump(),
-                **entry.train,
-                **entry.model_dump(exclude={"train", "evaluate", "dataset"}),
-                "L0_target": cell.L0_target,
-                "seed": cell.seed,
-                "dataset": entry.dataset or self.dataset,
-                "evaluate": {**self.evaluate.model_dump(), **entry.evaluate},
-                "method": self.method,
-                "constants": self.constants,
-                "runtime": self.runtime,
-            }
-        )

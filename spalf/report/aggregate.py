@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,16 @@ FRONTIER_COLUMNS = (
     "R2_target",
     "train_tokens",
     "model_name",
+    "variant",
+    "lr",
+    "hyperparameters",
 )
 """Columns of ``frontier.csv``; ``l0_error`` is l0/L0_target − 1, ``*_se`` are standard errors."""
 
 PHASE_COLUMNS = (*FRONTIER_COLUMNS[:5], "phase", *FRONTIER_COLUMNS[5:])
 """Columns of ``phases.csv``."""
 
-_CELL = ["model", "hook_point", "method", "L0_target", "seed"]
+_CELL = ["model", "hook_point", "method", "variant", "L0_target", "seed"]
 
 
 def aggregate(evaluations: Iterable[Path], out_dir: Path) -> tuple[Path, Path]:
@@ -65,6 +68,7 @@ def aggregate(evaluations: Iterable[Path], out_dir: Path) -> tuple[Path, Path]:
     read = [read_evaluation(path) for path in paths]
     _require_distinct(read, paths)
     phases = pd.DataFrame([row for evaluation in read for row in _rows(evaluation)])
+    phases = phases.astype({"lambda_faith": float, "lr": float, "train_tokens": "Int64"})
     phases = phases.sort_values([*_CELL, "phase"], kind="stable")
     out_dir.mkdir(parents=True, exist_ok=True)
     frontier_path, phases_path = out_dir / "frontier.csv", out_dir / "phases.csv"
@@ -81,7 +85,19 @@ def _rows(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
             "phase": phase,
             "final": phase == evaluation.final,
             "l0_error": metrics.l0 / evaluation.cell.L0_target - 1,
+            "hyperparameters": _listed(evaluation.cell.hyperparameters),
         }
+
+
+def _listed(hyperparameters: Mapping[str, Any]) -> str:
+    """``name=value`` pairs, the values of a list with spaces between them."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list):
+            return " ".join(map(shown, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name}={shown(value)}" for name, value in hyperparameters.items())
 
 
 def _require_distinct(evaluations: list[Evaluation], paths: list[Path]) -> None:

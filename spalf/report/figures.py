@@ -16,6 +16,7 @@ from spalf.errors import UserError
 from spalf.report.records import read_frontier, read_metrics
 from spalf.report.style import (
     METHOD_COLOURS,
+    METHOD_LINES,
     METHOD_MARKERS,
     house_style,
     label_l0,
@@ -60,23 +61,28 @@ _CONTROL_PANELS = (
 def pareto_figures(frontier: Path, out_dir: Path) -> list[Path]:
     """Draw ``pareto.pdf`` and ``pareto.png``: ΔCE and explained variance against L0.
 
-    One column of panels a model, one line a method, a point per ``L0_target``: the mean over
-    seeds, with the standard deviation over seeds as error bars where there are several.
+    One column of panels a model, one line a method or variant, a point per ``L0_target``: the mean
+    over seeds, with the standard deviation over seeds as error bars where there are several.
 
     Raises:
         UserError: ``frontier`` is missing or damaged.
     """
     table = read_frontier(frontier)
+    table = table.assign(
+        line=[_line_name(*pair) for pair in zip(table["method"], table["variant"], strict=True)]
+    )
+    looks = {line: _look(index) for index, line in enumerate(dict.fromkeys(_in_order(table)))}
     _require_columns(table, frontier, ["l0", *(row[0] for row in _FRONTIER_ROWS)])
     models = list(dict.fromkeys(table["model"]))
     with house_style():
         figure = Figure(figsize=(0.6 + 3.1 * len(models), 5.2), layout="constrained")
         panels = figure.subplots(2, len(models), sharex="col", sharey="row", squeeze=False)
         for column, model in enumerate(models):
-            _frontier_column(list(panels[:, column]), model, table[table["model"] == model])
+            rows = table[table["model"] == model]
+            _frontier_column(list(panels[:, column]), model, rows, looks)
         for row, (_, label, _) in enumerate(_FRONTIER_ROWS):
             panels[row, 0].set_ylabel(label)
-        _method_legend(figure, panels[0], list(dict.fromkeys(table["method"])))
+        _method_legend(figure, panels[0])
         return [save(figure, out_dir / f"pareto{suffix}") for suffix in (".pdf", ".png")]
 
 
@@ -121,7 +127,19 @@ def control_figure(model: str, metrics: Iterable[Path], out_dir: Path) -> Path:
         return save(figure, out_dir / f"control_{model}.png")
 
 
-def _frontier_column(panels: Sequence[Axes], model: str, table: pd.DataFrame) -> None:
+def _line_name(method: str, variant: str) -> str:
+    return f"{method}, {variant}" if variant else method
+
+
+def _in_order(table: pd.DataFrame) -> list[str]:
+    """The lines of the figure: ``spalf`` first, its variants, then the baselines."""
+    ours = table["method"] == "spalf"
+    return [*table[ours].sort_values("variant", kind="stable")["line"], *table[~ours]["line"]]
+
+
+def _frontier_column(
+    panels: Sequence[Axes], model: str, table: pd.DataFrame, looks: dict[str, dict[str, Any]]
+) -> None:
     panels[0].set_title(model)
     panels[-1].set_xlabel("L0 (active features per token)")
     on_target = ((table["l0"] / table["L0_target"] - 1).abs() < 0.2).all()
@@ -131,8 +149,10 @@ def _frontier_column(panels: Sequence[Axes], model: str, table: pd.DataFrame) ->
         if scale == "log" and (table[column] > 0).all():
             axes.set_yscale("log")
             plain_log_axis(axes.yaxis)
-        for index, (method, rows) in enumerate(table.groupby("method", sort=False)):
-            _frontier_line(axes, rows, column, _look(index), str(method))
+        for line, look in looks.items():
+            rows = table[table["line"] == line]
+            if not rows.empty:
+                _frontier_line(axes, rows, column, look, line)
 
 
 def _frontier_line(
@@ -150,18 +170,20 @@ def _look(index: int) -> dict[str, Any]:
     return {
         "color": METHOD_COLOURS[index % len(METHOD_COLOURS)],
         "marker": METHOD_MARKERS[index % len(METHOD_MARKERS)],
+        "linestyle": METHOD_LINES[index // len(METHOD_COLOURS) % len(METHOD_LINES)],
     }
 
 
-def _method_legend(figure: Figure, panels: Sequence[Axes], methods: list[str]) -> None:
+def _method_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """A legend only where there is something to tell apart."""
-    if len(methods) < 2:
-        return
     found = [axes.get_legend_handles_labels() for axes in panels]
     entries = {
         label: h for handles, labels in found for h, label in zip(handles, labels, strict=True)
     }
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries))
+    if len(entries) < 2:
+        return
+    columns = min(len(entries), max(2, 2 * len(panels)))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
 def _cells(metrics: Iterable[Path]) -> dict[tuple[float, int], pd.DataFrame]:

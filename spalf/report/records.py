@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spalf.errors import UserError
 
+_TEXT = ("model", "hook_point", "method", "variant")
 _REDO = "; delete it and run the step that writes it again"
 
 
@@ -21,12 +22,22 @@ class _Record(BaseModel):
 
 
 class CellRecord(_Record):
-    """Which autoencoder was evaluated."""
+    """Which autoencoder was evaluated.
+
+    Attributes:
+        method: ``spalf``, or the baseline it is.
+        variant: name of the variant of the method; empty where nothing was varied.
+        lr: peak learning rate, where it is known.
+        hyperparameters: what else was set for this autoencoder, by name.
+    """
 
     model: str
     hook_point: str
     model_name: str
     method: str
+    variant: str = ""
+    lr: float | None = None
+    hyperparameters: dict[str, Any] = {}
     L0_target: float
     R2_target: float
     F: int
@@ -53,9 +64,9 @@ class Metrics(_Record):
     kl_se: float | None = None
     dead_fraction: float
     dense_fraction: float | None = None
-    lambda_faith: float
+    lambda_faith: float | None = None
     tokens: int
-    train_tokens: int
+    train_tokens: int | None = None
 
 
 class Evaluation(_Record):
@@ -104,14 +115,14 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 
 def read_frontier(path: Path) -> pd.DataFrame:
-    """Read a table that `spalf.report.aggregate` wrote.
+    """Read a table that `spalf.report.aggregate` wrote; a ``variant`` is text, empty for none.
 
     Raises:
         UserError: the file is missing, empty or not such a table.
     """
     _text(path)
     try:
-        table = pd.read_csv(path, dtype={"model": str, "hook_point": str, "method": str})
+        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
     except (pd.errors.ParserError, UnicodeDecodeError, ValueError):
         raise UserError(str(path), None, f"is not a table in CSV{_REDO}") from None
     missing = [name for name in ("model", "method", "L0_target", "seed") if name not in table]
@@ -119,7 +130,9 @@ def read_frontier(path: Path) -> pd.DataFrame:
         raise UserError(str(path), None, f"lacks the columns {', '.join(missing)}{_REDO}")
     if table.empty:
         raise UserError(str(path), None, f"has no rows{_REDO}")
-    return table
+    if "variant" not in table:
+        table["variant"] = ""
+    return table.assign(variant=table["variant"].fillna(""))
 
 
 def _text(path: Path) -> str:

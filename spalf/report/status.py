@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-CELL_STEPS = ("init", "phase1", "phase2", "evaluate")
+CELL_STEPS = ("init", "phase1", "phase2", "baseline", "evaluate")
 SLURM_LOGS = Path("logs", "slurm")
+BASELINES = ("/batchtopk", "/topk", "/jumprelu")
 PLACE = re.compile(r"^job (?P<job>\S+) on (?P<node>[^\s,]+)")
 SLURM_SAYS = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ (?P<reason>.*?) \*\*\*")
-OUT_OF_MEMORY = re.compile(r"oom.kill|out.of.memory", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"oom.kill|out.of.memory|exceeded .*memory limit", re.IGNORECASE)
 QUEUED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
 
 
@@ -26,7 +27,8 @@ class StepStatus:
     """One step of one cell that was started.
 
     Attributes:
-        cell: ``<model>`` or ``<model> L0_<target> seed_<seed>``.
+        cell: ``<model>`` or ``<model> L0_<target> seed_<seed>``, with a variant's or a baseline's
+            name after the model's.
         step: name of the step.
         state: ``done``, ``stopped``, or what the queue says (``running``, ``pending``).
         job: id of its last job; empty where no scheduler was involved.
@@ -86,7 +88,7 @@ def queued_jobs() -> Mapping[str, str]:
     """State of this user's jobs in Slurm's queue by id; empty where there is no Slurm."""
     if shutil.which("squeue") is None:
         return {}
-    command = ["squeue", "--me", "--noheader", "--format=%i|%T"]
+    command = ["squeue", "--me", "--noheader", "--format=%A|%T"]
     try:
         rows = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -97,13 +99,21 @@ def queued_jobs() -> Mapping[str, str]:
 
 def _steps(results: Path) -> Iterator[tuple[Path, str, Path]]:
     """Folder, step and the file that says it is done, for everything that could have started."""
-    for model in sorted(path for path in results.glob("*") if path.is_dir()):
-        yield model / "calibration", "calibrate", model / "calibration" / "metadata.json"
-        for cell in sorted(model.glob("L0_*/seed_*"), key=_numbers):
+    for series in _series(results):
+        yield series / "calibration", "calibrate", series / "calibration" / "metadata.json"
+        for cell in sorted(series.glob("L0_*/seed_*"), key=_numbers):
             for step in CELL_STEPS:
                 outcome = Path("evaluation.json") if step == "evaluate" else Path(step)
                 done = cell / outcome
                 yield cell, step, done if step == "evaluate" else done / "metadata.json"
+
+
+def _series(results: Path) -> Iterator[Path]:
+    """The folder of each model, and in it those of its variants and baselines."""
+    for model in sorted(path for path in results.glob("*") if path.is_dir()):
+        yield model
+        inside = {cell.parents[1] for cell in model.glob("*/L0_*/seed_*")}
+        yield from sorted(inside)
 
 
 def _numbers(cell: Path) -> tuple[float, float]:
@@ -131,7 +141,8 @@ def _status(
         state, reason = queue[job].lower(), ""
     else:
         state, reason = "stopped", _reason(log, slurm_log)
-    parts = [folder.parent.name] if step == "calibrate" else folder.parts[-3:]
+    parts = folder.relative_to(results).parts
+    parts = parts[:-1] if step == "calibrate" else parts
     return StepStatus(" ".join(parts), step, state, job, node, reason, logs)
 
 
@@ -145,14 +156,20 @@ def _place(log: Path) -> tuple[str, str]:
 
 def _slurm_log(results: Path, folder: Path, step: str) -> Path | None:
     """Slurm's log of the last job of a step that failed; those of finished ones are deleted."""
-    if step == "calibrate":
-        name = folder.parent.name
-    else:
-        target, seed = folder.parent.name[3:], folder.name[5:]
-        name = f"{folder.parent.parent.name}_{target}_{seed}"
-    logs = (results / SLURM_LOGS / f"rule_{step}" / name).glob("*.log")
+    series, *cell = _wildcards(results, folder, step)
+    rule = f"{step}_baseline" if step == "evaluate" and series.endswith(BASELINES) else step
+    name = "_".join([series.replace("/", "_"), *cell])
+    logs = (results / SLURM_LOGS / f"rule_{rule}" / name).glob("*.log")
     numbered = [path for path in logs if path.stem.isdigit()]
     return max(numbered, key=lambda path: int(path.stem), default=None)
+
+
+def _wildcards(results: Path, folder: Path, step: str) -> list[str]:
+    """What Snakemake calls the series, L0 and seed of a step's folder."""
+    parts = folder.relative_to(results).parts
+    if step == "calibrate":
+        return ["/".join(parts[:-1])]
+    return ["/".join(parts[:-2]), parts[-2].removeprefix("L0_"), parts[-1].removeprefix("seed_")]
 
 
 def _reason(log: Path, slurm_log: Path | None) -> str:

@@ -17,6 +17,7 @@ METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E
 """Okabe and Ito's palette, told apart with every common form of colour blindness."""
 
 METHOD_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+METHOD_LINES = ("-", "--", ":")
 
 _STYLE: Any = {
     "font.family": "sans-serif",

@@ -25,6 +25,7 @@ COLUMNS = {
     "model": _Column("model", "model"),
     "hook_point": _Column("site", "site"),
     "method": _Column("method", "method"),
+    "variant": _Column("variant", "variant"),
     "phase": _Column("phase", "phase"),
     "L0_target": _Column("L0 target", "$L_0$ target", "{:g}"),
     "seed": _Column("seed", "seed", "{:d}"),
@@ -38,8 +39,11 @@ COLUMNS = {
     "dead_fraction": _Column("dead", "dead", "{:.3f}"),
     "lambda_faith": _Column("λ faith", r"$\lambda_\text{faith}$", "{:.2f}"),
     "tokens": _Column("tokens", "tokens", "{:d}"),
+    "lr": _Column("lr", "lr", "{:g}"),
+    "hyperparameters": _Column("hyper-parameters", ""),
 }
-"""The columns that are shown, in this order, where the table has them."""
+"""The columns that are shown, in this order, where the table has them and they are not empty; in
+LaTeX, where a page has a width, those with a header there."""
 
 
 def write_tables(tables: Iterable[Path], out_dir: Path) -> list[Path]:
@@ -57,12 +61,19 @@ def write_tables(tables: Iterable[Path], out_dir: Path) -> list[Path]:
     out_dir.mkdir(parents=True, exist_ok=True)
     written = []
     for path, table in read:
-        shown = table[[name for name in COLUMNS if name in table]]
+        shown = table[[name for name in COLUMNS if _says_something(table, name)]]
         for suffix, text in ((".md", _markdown(shown)), (".tex", _latex(shown))):
             target = out_dir / f"{path.stem}{suffix}"
             target.write_text(text, encoding="utf-8")
             written.append(target)
     return written
+
+
+def _says_something(table: pd.DataFrame, name: str) -> bool:
+    """Whether the table has the column, and in it more than blanks; a rate if it was chosen."""
+    if name == "lr":
+        return name in table and _says_something(table, "hyperparameters")
+    return name in table and bool((table[name].notna() & (table[name] != "")).any())
 
 
 def _formatted(table: pd.DataFrame) -> pd.DataFrame:
@@ -78,7 +89,7 @@ def _of(table: pd.DataFrame) -> list[tuple[str, _Column]]:
 
 
 def _value(column: _Column, value: Any) -> str:
-    if pd.isna(value):
+    if pd.isna(value) or value == "":
         return "–"
     return column.number.format(value) if column.number else str(value)
 
@@ -97,6 +108,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 
 def _latex(table: pd.DataFrame) -> str:
+    table = table[[name for name, column in _of(table) if column.latex]]
     styler = _formatted(table).style.format(escape="latex").hide(axis="index")
     styler = styler.format_index(lambda name: COLUMNS[str(name)].latex, axis="columns")
     columns = "".join(side[0] for side in _align(table))

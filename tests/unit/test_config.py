@@ -27,7 +27,7 @@ from spalf.config import (
     schedule,
     to_yaml,
 )
-from spalf.config.io import yaml_number
+from spalf.config.io import read_mapping, yaml_number
 from spalf.errors import UserError
 
 RUN: dict[str, Any] = {
@@ -370,3 +370,11 @@ def test_user_errors_are_one_line() -> None:
 def test_json_schema_can_be_generated() -> None:
     text = json.dumps(SweepConfig.model_json_schema())
     assert "L0_target" in text
+
+
+def test_defaults_brought_by_a_merge_are_not_keys_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "base: &base {lr: 1, F: 2}\nouter: {x: &x {<<: *base, lr: 3}}\ny: {<<: *x, lr: 4}\n"
+    )
+    assert read_mapping(path)["y"] == {"lr": 4, "F": 2}

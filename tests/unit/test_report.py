@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from spalf.errors import UserError
-from spalf.report import aggregate, control_figure, pareto_figures, write_tables
+from spalf.report import aggregate, control_figure, figures, pareto_figures, write_tables
 from spalf.report.aggregate import FRONTIER_COLUMNS
 from spalf.report.figures import _phase2_span
 from spalf.report.records import read_metrics
@@ -143,6 +144,67 @@ def test_missing_standard_error_is_a_dash_not_nan(tmp_path: Path) -> None:
     (tmp_path / "e.json").write_text(json.dumps(record))
     write_tables(aggregate([tmp_path / "e.json"], tmp_path), tmp_path)
     assert "nan" not in (tmp_path / "frontier.md").read_text(encoding="utf-8").lower()
+
+
+@pytest.fixture
+def with_baselines(evaluations: list[Path], tmp_path: Path) -> list[Path]:
+    """The same with a baseline, which has one phase and no multiplier, and a variant."""
+    settings = {"k": 8.0, "lr_tried": [1e-3, 3e-3]}
+    for target in (8, 16, 32):
+        path = tmp_path / f"batchtopk-{target}.json"
+        cell = {"method": "batchtopk", "lr": 3e-3, "hyperparameters": settings}
+        content = synthetic.evaluation("wide", target, **cell)
+        only = {**content["phases"]["phase1"], "lambda_faith": None, "train_tokens": None}
+        path.write_text(json.dumps({**content, "phases": {"sae": only}, "final": "sae"}))
+        varied = tmp_path / f"variant-{target}.json"
+        synthetic.write_evaluation(varied, "wide", target, variant="no-capu", lr=1e-3)
+        evaluations += [path, varied]
+    return evaluations
+
+
+def test_baselines_and_variants_are_rows_of_the_same_table(
+    with_baselines: list[Path], tmp_path: Path
+) -> None:
+    frontier, phases = (pd.read_csv(path) for path in aggregate(with_baselines, tmp_path / "out"))
+    assert len(frontier) == 12 + 3 + 3
+    assert len(phases) == 24 + 3 + 6
+    baseline = frontier[frontier.method == "batchtopk"]
+    assert (baseline.lr == 3e-3).all()
+    assert (baseline.hyperparameters == "k=8, lr_tried=0.001 0.003").all()
+    assert baseline.lambda_faith.isna().all()
+    assert sorted(frontier[frontier.variant == "no-capu"].L0_target) == [8, 16, 32]
+    assert set(phases[phases.method == "batchtopk"].phase) == {"sae"}
+
+
+def test_columns_that_say_nothing_are_left_out_of_the_tables(
+    evaluations: list[Path], with_baselines: list[Path], tmp_path: Path
+) -> None:
+    plain, full = tmp_path / "plain", tmp_path / "full"
+    only_spalf = [path for path in evaluations if path.stem.count("-") == 2]
+    write_tables(aggregate(only_spalf, plain), plain)
+    write_tables(aggregate(with_baselines, full), full)
+    head = (plain / "frontier.md").read_text(encoding="utf-8").splitlines()[0]
+    assert not [name for name in ("variant", " lr ", "hyper") if name in head]
+    head = (full / "frontier.md").read_text(encoding="utf-8").splitlines()[0]
+    assert all(name in head for name in ("variant", " lr ", "hyper-parameters"))
+    latex = (full / "frontier.tex").read_text(encoding="utf-8")
+    assert "no-capu" in latex
+    assert "lr_tried" not in latex
+
+
+def test_pareto_has_a_line_for_each_method_and_variant(
+    with_baselines: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
+    frontier, _ = aggregate(with_baselines, tmp_path)
+    pareto_figures(frontier, tmp_path)
+    panel = next(axes for axes in drawn[0].axes if axes.get_title() == "wide")
+    labels = panel.get_legend_handles_labels()[1]
+    assert labels == ["spalf", "spalf, no-capu", "batchtopk"]
+    assert len(panel.containers) == 3
+    colours = {container.lines[0].get_color() for container in panel.containers}
+    assert len(colours) == 3
 
 
 def test_figures_depend_on_the_data_alone(evaluations: list[Path], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ OUTPUTS = {
     "init": ("model.safetensors", "tensors.safetensors", "metadata.json"),
     "phase1": (*STATE, "metadata.json", "metrics.jsonl"),
     "phase2": (*STATE, "metadata.json", "metrics.jsonl"),
+    "baseline": ("cfg.json", "sae_weights.safetensors", "metadata.json"),
     "aggregate": ("frontier.csv", "phases.csv"),
     "tables": ("frontier.md", "frontier.tex", "phases.md", "phases.tex"),
 }
@@ -32,7 +33,7 @@ def main() -> int:
     out = Path(arguments[arguments.index("--out") + 1])
     with open(os.environ["STUB_CALLS"], "a", encoding="utf-8") as calls:
         calls.write("\t".join([step, *arguments]) + "\n")
-    if step in ("calibrate", "init", "phase1", "phase2", "evaluate"):
+    if step in ("calibrate", "init", "phase1", "phase2", "baseline", "evaluate"):
         checkpoint = out.with_name(f"{out.stem}.checkpoints") / "step_10"
         checkpoint.mkdir(parents=True, exist_ok=True)
     if step == os.environ.get("STUB_FAIL"):

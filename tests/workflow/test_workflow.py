@@ -103,6 +103,54 @@ def test_deleted_evaluation_reruns_it_and_the_report(finished: Sweep) -> None:
     assert finished.planned() == {"evaluate": 1, **REPORT}
 
 
+def test_baselines_add_their_cells_and_change_no_other(finished: Sweep) -> None:
+    finished.configure(methods=["spalf", "batchtopk", "topk", "jumprelu"])
+    assert finished.planned() == {"baseline": 6, "evaluate_baseline": 6, **REPORT}
+    finished.configure(methods=["spalf", "topk"], baselines={"lrs": [1e-3, 2e-3, 3e-3]})
+    result = finished.run("--quiet", "all")
+    assert result.returncode == 0, result.stdout
+    calls = [c for c in finished.calls() if "--out" in c and "topk/L0_8" in c[c.index("--out") + 1]]
+    assert [call[0] for call in calls] == ["baseline", "evaluate"]
+    options = [dict(zip(call[1::2], call[2::2], strict=True)) for call in calls]
+    assert json.loads(options[0]["--settings"])["baselines"] == {"lrs": [1e-3, 2e-3, 3e-3]}
+    assert options[0]["--method"] == "topk"
+    assert options[1]["--sae"] == options[0]["--out"] == "results/tiny/topk/L0_8/seed_0/baseline"
+    assert options[1]["--model"] == "tiny"
+    assert "baselines" not in json.loads(options[1]["--settings"])
+    # SPALF's own steps do not depend on the baselines' settings.
+    finished.configure(methods=["spalf", "topk"], baselines={"lrs": [1e-3]})
+    assert finished.planned() == {"baseline": 2, "evaluate_baseline": 2, **REPORT}
+
+
+def test_baselines_alone_need_no_phase(sweep: Sweep) -> None:
+    sweep.configure(methods=["batchtopk"])
+    expected = {"calibrate": 1, "baseline": 2, "evaluate_baseline": 2, **REPORT}
+    assert sweep.planned() == expected
+
+
+def test_variants_are_trained_beside_the_method(finished: Sweep) -> None:
+    variants = {"no-capu": {"method": {"capu": False}}}
+    finished.configure(variants=variants)
+    assert finished.planned() == {**dict.fromkeys(CELL_STEPS, 2), **REPORT}
+    result = finished.run("--quiet", "all")
+    assert result.returncode == 0, result.stdout
+    place = "results/tiny/no-capu/L0_8/seed_0"
+    calls = [c for c in finished.calls() if "--out" in c and place in c[c.index("--out") + 1]]
+    assert [call[0] for call in calls] == list(CELL_STEPS)
+    options = [dict(zip(call[1::2], call[2::2], strict=True)) for call in calls]
+    assert json.loads(options[1]["--settings"])["method"] == {"capu": False}
+    assert {given["--calibration"] for given in options} == {"results/tiny/calibration"}
+    assert (options[3]["--model"], options[3]["--variant"]) == ("tiny", "no-capu")
+
+
+def test_a_variant_that_changes_calibration_gets_its_own(finished: Sweep) -> None:
+    finished.configure(variants={"no-whitening": {"method": {"whitening": False}}})
+    expected = {"calibrate": 1, **dict.fromkeys(CELL_STEPS, 2), **REPORT}
+    assert finished.planned() == expected
+    result = finished.run("--dry-run", "--printshellcmds")
+    assert "--calibration results/tiny/no-whitening/calibration" in result.stdout
+
+
 def test_reformatted_rule_reruns_nothing(edited: Sweep) -> None:
     rules = edited.source / "workflow/rules/train.smk"
     text = rules.read_text(encoding="utf-8")
@@ -144,8 +192,20 @@ def test_config_on_the_command_line_is_typed(finished: Sweep) -> None:
         ({"grid": {"L0_target": [4, 256]}}, ("L0_target", "256", "below F")),
         ({"models": {"tiny": {"model_name": "x"}}}, ("models.tiny.hook_point", "missing")),
         ({"models": {"a b": SMALL["models"]["tiny"]}}, ("a b",)),
+        ({"methods": ["spalf", "batch-topk"]}, ("methods", "did you mean 'batchtopk'")),
+        ({"variants": {"topk": {}}}, ("variant", "topk", "another name")),
+        ({"variants": {"a": {"method": {"cap": False}}}}, ("variants.a", "did you mean 'capu'")),
     ],
-    ids=["unknown key", "wrong type", "L0 not below F", "missing key", "model name"],
+    ids=[
+        "unknown key",
+        "wrong type",
+        "L0 not below F",
+        "missing key",
+        "model name",
+        "method",
+        "variant called like a baseline",
+        "unknown key of a variant",
+    ],
 )
 def test_bad_configuration_is_one_line_and_exit_status_2(
     sweep: Sweep, changes: dict[str, dict[str, object]], words: tuple[str, ...]

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shlex
@@ -7,9 +8,10 @@ from pathlib import Path
 
 from snakemake.utils import update_config
 
-from spalf.config import parse_sweep
+from spalf.config import BASELINES, parse_sweep
+from spalf.config.io import read_mapping
 from spalf.errors import UserError
-from workflow import lock, outage, resources as needs, steps
+from workflow import executor, lock, resources as needs, steps
 
 
 def read_sweep():
@@ -17,6 +19,8 @@ def read_sweep():
     update_config(config, steps.typed(workflow.config_settings.config))
     names = [os.path.relpath(name) for name in workflow.configfiles]
     try:
+        for name in names:
+            read_mapping(name)  # Snakemake takes the last of two equal keys
         return parse_sweep(config, ", ".join(names) or "config")
     except UserError as error:
         sys.stderr.write(f"{error}\n")  # also where --quiet silences the log
@@ -24,43 +28,124 @@ def read_sweep():
 
 
 needs.find_commands()
+executor.mend()
 if workflow.is_main_process and not workflow.dryrun:
     lock.explain(Path(".snakemake"))
-    outage.keep_jobs_without_answer()
 SWEEP = read_sweep()
 LAUNCH = Path(workflow.basedir, "workflow", "scripts", "launch.py")
 CALIBRATION = "results/{model}/calibration"
 CELL = "results/{model}/L0_{L0}/seed_{seed}"
+BASELINE = "results/{model}/{method}/L0_{L0}/seed_{seed}"
+IMPORT = "results/{model}/imported/{name}"
 PARAMETERS = ("model", "tensors")
 STATE = ("model", "tensors", "control", "optimizer")
 TOKENS = ("train.npy", "calibration.npy", "evaluation.npy", "tokens.json")
+SAELENS = ("cfg.json", "sae_weights.safetensors")
 
 
 def wildcards_of(cell):
-    """A cell's place in the tree of results."""
-    return {"model": cell.model, "L0": f"{cell.L0_target:g}", "seed": str(cell.seed)}
+    """A cell's place in the tree of results; a variant has its name after the model's."""
+    return {"model": cell.series, "L0": f"{cell.L0_target:g}", "seed": str(cell.seed)}
 
 
 CONFIGS = {tuple(wildcards_of(c).values()): SWEEP.run_config(c) for c in SWEEP.cells()}
-CELLS = [dict(zip(("model", "L0", "seed"), key)) for key in CONFIGS]
+EVALUATED = [wildcards_of(cell) for cell in SWEEP.cells()]
+CELLS = [wildcards_of(cell) for cell in SWEEP.cells() if cell.method == "spalf"]
+PLAIN = [cell for cell in CELLS if cell["model"] in SWEEP.models]
+# SAEs that `spalf import` put beside those of the sweep.
+IMPORTED = [
+    {"model": model, "name": found.parent.name}
+    for model in SWEEP.models
+    for found in sorted(Path("results", model, "imported").glob("*/metadata.json"))
+]
+
+
+def first_config(series):
+    """The configuration of the first cell of a model, of a variant, or of a model's baseline."""
+    found = [run for (model, *_), run in CONFIGS.items() if model == series]
+    return (
+        found
+        or [
+            run
+            for (model, *_), run in CONFIGS.items()
+            if model.startswith(f"{series}/")
+        ]
+    )[0]
+
+
+def calibrated_as(series):
+    """Whose calibration a series uses: the model's, unless a variant changes what it depends on."""
+    model, _, name = series.partition("/")
+    settings_of = [
+        steps.settings("calibrate", first_config(x)) for x in (model, series)
+    ]
+    return model if settings_of[0] == settings_of[1] else series
+
+
+CALIBRATED_AS = {
+    series: calibrated_as(series)
+    for series in [*SWEEP.models, *(cell["model"] for cell in EVALUATED)]
+}
 
 
 wildcard_constraints:
-    model="|".join(map(re.escape, SWEEP.models)),
-    L0="|".join(sorted({re.escape(cell["L0"]) for cell in CELLS})),
+    model="|".join(
+        map(re.escape, dict.fromkeys([*SWEEP.models, *(c["model"] for c in CELLS)]))
+    ),
+    method="|".join(BASELINES),
+    name="|".join(sorted({re.escape(sae["name"]) for sae in IMPORTED})) or "-",
+    L0="|".join(sorted({re.escape(cell["L0"]) for cell in EVALUATED})),
     seed=r"\d+",
 
 
 def run_config(wildcards):
     """The configuration of a cell, or of the model's first cell for the step they share."""
-    key = tuple(wildcards)
-    if len(key) == 1:
-        return next(run for (model, *_), run in CONFIGS.items() if model == key[0])
+    if len(wildcards) == 1:
+        return first_config(wildcards.model)
+    if wildcards.get("name"):
+        return imported_config(wildcards)
+    key = (series_of(wildcards), wildcards.L0, wildcards.seed)
     if key not in CONFIGS:
         raise WorkflowError(
             f"L0_{key[1]}/seed_{key[2]} of {key[0]} is not in the grid; add it"
         )
     return CONFIGS[key]
+
+
+def imported_config(wildcards):
+    """The configuration that an imported SAE is evaluated under: the model's, with its own F and L0."""
+    known = json.loads(
+        Path(
+            IMPORT.format(model=wildcards.model, name=wildcards.name), "metadata.json"
+        ).read_text()
+    )
+    changes = {name: known["config"][name] for name in ("F", "L0_target")}
+    return first_config(wildcards.model).model_copy(update=changes)
+
+
+def series_of(wildcards):
+    """``model``, ``model/variant`` or ``model/baseline``."""
+    method = wildcards.get("method")
+    return f"{wildcards.model}/{method}" if method else wildcards.model
+
+
+def calibration_of(wildcards):
+    """The metadata of the calibration that a cell uses, the one that vouches for the rest."""
+    place = CALIBRATION.format(model=CALIBRATED_AS[series_of(wildcards)])
+    return f"{place}/metadata.json"
+
+
+def calibrated(wildcards):
+    """Tokens and tensors of that calibration."""
+    place = CALIBRATION.format(model=CALIBRATED_AS[series_of(wildcards)])
+    tokens = [f"{place}/tokens/{name}" for name in TOKENS]
+    return [*tokens, f"{place}/calibration.safetensors"]
+
+
+def names(wildcards):
+    """``--model`` and, for a variant, ``--variant``."""
+    model, _, variant = wildcards.model.partition("/")
+    return ["--model", model, *(["--variant", variant] if variant else [])]
 
 
 def settings(step):
@@ -69,7 +154,7 @@ def settings(step):
 
 def site(wildcards):
     """What calibration measured, once it has run."""
-    path = CALIBRATION.format(model=wildcards.model)
+    path = CALIBRATION.format(model=CALIBRATED_AS[series_of(wildcards)])
     return needs.measured_site(Path(path) / "metadata.json")
 
 
@@ -109,16 +194,16 @@ def launch(wildcards):
     return shlex.join([sys.executable, str(LAUNCH), *locks])
 
 
-def of_cells(path):
-    """``path`` for every cell of the grid, in the order of the configuration."""
-    return [path.format(**cell) for cell in CELLS]
+def of_cells(path, cells=CELLS):
+    """``path`` for each cell, in the order of the configuration."""
+    return [path.format(**cell) for cell in cells]
 
 
 def control_arguments():
-    """``--control MODEL=FILE`` for the metrics of every cell and phase."""
+    """``--control MODEL=FILE`` for the metrics of every cell and phase, without the variants."""
     return [
         argument
-        for cell in CELLS
+        for cell in PLAIN
         for phase in ("phase1", "phase2")
         for argument in (
             "--control",
@@ -129,18 +214,21 @@ def control_arguments():
 
 def prune_checkpoints():
     """Remove the checkpoints and locks of finished steps; they are only needed to resume."""
-    models = [Path(CALIBRATION.format(model=model)) for model in SWEEP.models]
+    models = [Path(CALIBRATION.format(model=series)) for series in CALIBRATED_AS]
     steps_of_cells = [
         Path(path) / step
         for path in of_cells(CELL)
         for step in ("init", "phase1", "phase2")
-    ]
+    ] + [Path(path) / "baseline" for path in of_cells(CELL, EVALUATED)]
     for path in models + steps_of_cells:
         if (path / "metadata.json").exists():
             shutil.rmtree(
                 path.with_name(f"{path.name}.checkpoints"), ignore_errors=True
             )
-    for path in map(Path, of_cells(f"{CELL}/evaluation.json")):
+    pages = of_cells(f"{CELL}/dashboard.html")
+    imported = of_cells(f"{IMPORT}/evaluation.json", IMPORTED)
+    reports = of_cells(f"{CELL}/evaluation.json", EVALUATED) + imported
+    for path in map(Path, reports + pages):
         if path.exists():
             shutil.rmtree(path.with_suffix(".checkpoints"), ignore_errors=True)
 

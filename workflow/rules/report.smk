@@ -1,6 +1,7 @@
 rule aggregate:
     input:
-        of_cells(f"{CELL}/evaluation.json"),
+        of_cells(f"{CELL}/evaluation.json", EVALUATED)
+        + of_cells(f"{IMPORT}/evaluation.json", IMPORTED),
     output:
         frontier="results/tables/frontier.csv",
         phases="results/tables/phases.csv",
@@ -55,8 +56,8 @@ rule tables:
 
 rule figures:
     input:
-        metrics=of_cells(f"{CELL}/phase1/metrics.jsonl")
-        + of_cells(f"{CELL}/phase2/metrics.jsonl"),
+        metrics=of_cells(f"{CELL}/phase1/metrics.jsonl", PLAIN)
+        + of_cells(f"{CELL}/phase2/metrics.jsonl", PLAIN),
         frontier=rules.aggregate.output.frontier,
     output:
         report(
@@ -65,7 +66,10 @@ rule figures:
             category="Frontier",
         ),
         report(
-            expand("results/figures/control_{model}.png", model=SWEEP.models),
+            expand(
+                "results/figures/control_{model}.png",
+                model=dict.fromkeys(cell["model"] for cell in PLAIN),
+            ),
             caption="../report/control.rst",
             category="Course of training",
         ),

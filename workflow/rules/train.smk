@@ -35,9 +35,8 @@ rule calibrate:
 
 rule init:
     input:
-        rules.calibrate.output.tokens,
-        rules.calibrate.output.tensors,
-        calibration=rules.calibrate.output.metadata,
+        calibrated,
+        calibration=calibration_of,
     output:
         parameters=expand(
             f"{CELL}/init/{{name}}.safetensors", name=PARAMETERS, allow_missing=True
@@ -71,10 +70,9 @@ rule init:
 
 rule phase1:
     input:
-        rules.calibrate.output.tokens,
-        rules.calibrate.output.tensors,
+        calibrated,
         rules.init.output.parameters,
-        calibration=rules.calibrate.output.metadata,
+        calibration=calibration_of,
         init=rules.init.output.metadata,
     output:
         state=expand(
@@ -112,11 +110,10 @@ rule phase1:
 
 rule phase2:
     input:
-        rules.calibrate.output.tokens,
-        rules.calibrate.output.tensors,
+        calibrated,
         rules.phase1.output.state,
         rules.phase1.output.metrics,
-        calibration=rules.calibrate.output.metadata,
+        calibration=calibration_of,
         phase1=rules.phase1.output.metadata,
     output:
         state=expand(
@@ -154,13 +151,12 @@ rule phase2:
 
 rule evaluate:
     input:
-        rules.calibrate.output.tokens,
-        rules.calibrate.output.tensors,
+        calibrated,
         rules.phase1.output.state,
         rules.phase1.output.metrics,
         rules.phase2.output.state,
         rules.phase2.output.metrics,
-        calibration=rules.calibrate.output.metadata,
+        calibration=calibration_of,
         phase1=rules.phase1.output.metadata,
         phase2=rules.phase2.output.metadata,
     output:
@@ -184,10 +180,80 @@ rule evaluate:
         calibration=subpath(input.calibration, parent=True),
         phase1=subpath(input.phase1, parent=True),
         phase2=subpath(input.phase2, parent=True),
+        names=names,
     message:
         "Evaluating {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
     shell:
         "exec {resources.launch} spalf evaluate --settings {params.settings:q}"
         " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
-        " --model {wildcards.model:q} --calibration {params.calibration:q}"
+        " {params.names:q} --calibration {params.calibration:q}"
         " --phase1 {params.phase1:q} --phase2 {params.phase2:q} --out {output:q} > {log:q} 2>&1"
+
+
+rule baseline:
+    input:
+        calibrated,
+        calibration=calibration_of,
+    output:
+        sae=expand(f"{BASELINE}/baseline/{{file}}", file=SAELENS, allow_missing=True),
+        metadata=f"{BASELINE}/baseline/metadata.json",
+    log:
+        f"{BASELINE}/logs/baseline.log",
+    benchmark:
+        f"{BASELINE}/benchmarks/baseline.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("baseline"),
+        runtime=minutes("baseline"),
+        gpu=gpus,
+        execution=execution,
+        launch=launch,
+    params:
+        revision=steps.REVISIONS["baseline"],
+        settings=settings("baseline"),
+        calibration=subpath(input.calibration, parent=True),
+        out=subpath(output.metadata, parent=True),
+    message:
+        "{wildcards.method} of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
+    shell:
+        "exec {resources.launch} spalf baseline --settings {params.settings:q}"
+        " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
+        " --method {wildcards.method:q} --calibration {params.calibration:q}"
+        " --out {params.out:q} > {log:q} 2>&1"
+
+
+rule evaluate_baseline:
+    input:
+        calibrated,
+        rules.baseline.output.sae,
+        calibration=calibration_of,
+        sae=rules.baseline.output.metadata,
+    output:
+        f"{BASELINE}/evaluation.json",
+    log:
+        f"{BASELINE}/logs/evaluate.log",
+    benchmark:
+        f"{BASELINE}/benchmarks/evaluate.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("evaluate"),
+        runtime=minutes("evaluate"),
+        gpu=gpus,
+        execution=execution,
+        launch=launch,
+    params:
+        revision=steps.REVISIONS["evaluate"],
+        settings=settings("evaluate_baseline"),
+        calibration=subpath(input.calibration, parent=True),
+        sae=subpath(input.sae, parent=True),
+    message:
+        "Evaluating {wildcards.method} of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
+    shell:
+        "exec {resources.launch} spalf evaluate --settings {params.settings:q}"
+        " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
+        " --model {wildcards.model:q} --calibration {params.calibration:q}"
+        " --sae {params.sae:q} --out {output:q} > {log:q} 2>&1"
