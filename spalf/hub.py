@@ -1,12 +1,21 @@
-"""Whether the Hugging Face hub can be reached, asked once before its clients start to retry."""
+"""Whether the Hugging Face hub can be reached, and which commit a revision there stands for."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import socket
 from functools import lru_cache
+from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+logger = logging.getLogger(__name__)
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ANSWER_SECONDS = 8.0
 
 
 @lru_cache(maxsize=1)
@@ -26,3 +35,43 @@ def hub_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def commit_of(repo: str, revision: str | None, kind: Literal["model", "dataset"]) -> str | None:
+    """The commit that a revision of a repository stands for now.
+
+    Args:
+        repo: hub id.
+        revision: branch, tag or commit; ``None`` is the default branch.
+        kind: of repository.
+
+    Returns:
+        A commit's hash: of the hub where it answers, else of its cache on this machine; ``None``
+        where neither knows the repository.
+    """
+    if revision and _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    if hub_reachable():
+        try:
+            info = HfApi().repo_info(
+                repo, revision=revision, repo_type=kind, timeout=_ANSWER_SECONDS
+            )
+            return info.sha
+        except Exception as error:  # of several libraries; loading says what is wrong
+            logger.debug("the hub does not tell the commit of %s: %s", repo, error)
+    return _cached_commit(repo, revision, kind)
+
+
+def _cached_commit(repo: str, revision: str | None, kind: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name = "config.json" if kind == "model" else "README.md"
+    try:
+        found = try_to_load_from_cache(repo, name, revision=revision, repo_type=kind)
+    except HFValidationError:
+        return None
+    # …/snapshots/<commit>/config.json
+    return Path(found).parent.name if isinstance(found, str) else None

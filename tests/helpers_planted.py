@@ -135,8 +135,9 @@ def write_calibration(config: RunConfig, out: Path) -> Path:
         return TokenSplits.open(directory)
 
     with (
-        mock.patch("spalf.steps.calibrate.load_tokenizer", lambda *_, **__: range(D_VOCAB)),
-        mock.patch("spalf.steps.calibrate.tokenize_dataset", tokenize),
+        mock.patch("spalf.steps.tokens.load_tokenizer", lambda *_, **__: range(D_VOCAB)),
+        mock.patch("spalf.steps.tokens.tokenize_dataset", tokenize),
+        mock.patch("spalf.steps.sources.commit_of", lambda *_: None),
         mock.patch("spalf.steps.calibrate.SEQUENCES_PER_UPDATE", 64),
     ):
         calibrate(config, out, context())

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from spalf.cli.data import data
 from spalf.cli.errors import run_cli
+from spalf.cli.interchange import export, import_
 from spalf.cli.options import (
     UNUSED_BY_CALIBRATION,
     configuration,
@@ -18,6 +20,7 @@ from spalf.cli.options import (
     skipping,
 )
 from spalf.cli.status import status
+from spalf.config import BASELINES
 from spalf.errors import UserError
 
 EXAMPLES = {
@@ -31,9 +34,17 @@ EXAMPLES = {
         "spalf phase2 --config run.yaml --calibration run/calibration --phase1 run/phase1 "
         "--out run/phase2"
     ),
+    "baseline": (
+        "spalf baseline --config run.yaml --method batchtopk --calibration run/calibration "
+        "--out run/batchtopk"
+    ),
     "evaluate": (
         "spalf evaluate --config run.yaml --calibration run/calibration --phase1 run/phase1 "
         "--phase2 run/phase2 --out run/evaluation.json"
+    ),
+    "dashboard": (
+        "spalf dashboard --config run.yaml --calibration run/calibration --phase1 run/phase1 "
+        "--phase2 run/phase2 --evaluation run/evaluation.json --out run/dashboard.html"
     ),
     "aggregate": "spalf aggregate --out results/tables results/*/L0_*/seed_*/evaluation.json",
     "tables": "spalf tables --out results/tables results/tables/frontier.csv",
@@ -114,21 +125,88 @@ def phase2(calibration: Path, previous: Path, out: Path, **options: Any) -> None
     run(config, calibration, previous, out, context)
 
 
+@step("baseline")
+@configuration
+@click.option("--method", type=click.Choice(BASELINES), required=True, help="What is trained.")
+@click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option("--out", type=directory, required=True, help="Directory to write.")
+def baseline(method: str, calibration: Path, out: Path, **options: Any) -> None:
+    """Train a SAELens SAE on the activations of Phase 1, at the best of several learning rates."""
+    config, context = _start(options)
+    from spalf.steps import baseline as run
+
+    run(config, method, calibration, out, context)
+
+
 @step("evaluate")
 @configuration
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
-@click.option("--phase1", "first", type=directory, required=True, help="Output of phase1.")
-@click.option("--phase2", "second", type=directory, required=True, help="Output of phase2.")
+@click.option("--phase1", "first", type=directory, help="Output of phase1.")
+@click.option("--phase2", "second", type=directory, help="Output of phase2.")
+@click.option("--sae", type=directory, help="Instead: output of baseline, or a SAELens folder.")
 @click.option("--model", help="Short name of the model in tables; default: model_name.")
+@click.option("--variant", default="", help="Name of the variant in tables; default: none.")
 @click.option("--out", type=existing_file, required=True, help="JSON file to write.")
 def evaluate(
-    calibration: Path, first: Path, second: Path, model: str | None, out: Path, **options: Any
+    calibration: Path,
+    first: Path | None,
+    second: Path | None,
+    sae: Path | None,
+    model: str | None,
+    variant: str,
+    out: Path,
+    **options: Any,
 ) -> None:
-    """Measure both phases' SAEs on held-out tokens."""
+    """Measure both phases' SAEs, or one of SAELens, on held-out tokens."""
+    if first and second and not sae:
+        phases = {"phase1": first, "phase2": second}
+    elif sae and not first and not second:
+        phases = {"sae": sae}
+    else:
+        raise UserError("--sae", None, "give either --phase1 and --phase2, or --sae")
     config, context = _start(options)
     from spalf.steps import evaluate as run
 
-    run(config, calibration, {"phase1": first, "phase2": second}, out, context, model)
+    run(config, calibration, phases, out, context, model, variant)
+
+
+@step("dashboard")
+@configuration
+@click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option("--phase1", "first", type=directory, required=True, help="Output of phase1.")
+@click.option("--phase2", "second", type=directory, help="Output of phase2; without it, phase1's.")
+@click.option("--evaluation", type=existing_file, help="evaluation.json, for the key figures.")
+@click.option("--frontier", type=existing_file, help="frontier.csv, for the SAEs beside it.")
+@click.option("--model", help="Short name of the model in tables; default: model_name.")
+@click.option("--variant", default="", help="Name of the variant in tables; default: none.")
+@click.option("--out", type=existing_file, required=True, help="HTML file to write.")
+def dashboard(
+    calibration: Path,
+    first: Path,
+    second: Path | None,
+    model: str | None,
+    variant: str,
+    out: Path,
+    evaluation: Path | None,
+    frontier: Path | None,
+    **options: Any,
+) -> None:
+    """Write one self-contained page to look at the features of an SAE."""
+    config, context = _start(options)
+    from spalf.steps import dashboard as run
+
+    phases = {"phase1": first} | ({"phase2": second} if second else {})
+    run(
+        config,
+        calibration,
+        phases,
+        out,
+        context,
+        evaluation=evaluation,
+        frontier=frontier,
+        model_label=model,
+        variant=variant,
+    )
 
 
 @step("aggregate")
@@ -185,6 +263,9 @@ def describe(source: Path, cell: str | None, debug: bool) -> None:
     click.echo(description(source, cell))
 
 
+spalf.add_command(data)
+spalf.add_command(export)
+spalf.add_command(import_)
 spalf.add_command(status)
 
 

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from spalf.cli.errors import INTERRUPTED
 from spalf.cli.progress import open_progress
+from spalf.cli.stopping import Stopping
 from spalf.config import RuntimeConfig
 from spalf.errors import UserError
 from spalf.steps import StepContext
 
 logger = logging.getLogger(__name__)
-
-IMPATIENT_SECONDS = 2.0
-"""A second SIGINT within this time is the same key press, sent to the group and by a parent."""
 
 
 def set_up(runtime: RuntimeConfig, seed: int, **policy: Any) -> StepContext:
@@ -46,7 +38,15 @@ def set_up(runtime: RuntimeConfig, seed: int, **policy: Any) -> StepContext:
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = runtime.tf32
     torch.backends.cudnn.allow_tf32 = runtime.tf32
-    return StepContext(device, stop_on_signals(), open_progress, commit(), **policy)
+    stopping = Stopping()
+    return StepContext(
+        device,
+        stopping,
+        open_progress,
+        commit(),
+        nothing_to_lose=stopping.nothing_to_lose,
+        **policy,
+    )
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -65,27 +65,6 @@ def pick_device(wanted: str) -> torch.device:
             remedy = f"torch sees {count} GPUs here; use --device cpu or auto"
             raise UserError("device", wanted, remedy)
     return device
-
-
-def stop_on_signals() -> Callable[[], bool]:
-    """Turn SIGTERM and SIGINT into a request to stop after the current piece of work.
-
-    Asking again with SIGINT, a moment later, ends the process at once. SIGTERM does not: a batch
-    system sends it more than once and follows it with SIGKILL itself.
-    """
-    asked: list[float] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if asked and number == signal.SIGINT and now - asked[0] > IMPATIENT_SECONDS:
-            sys.exit(INTERRUPTED)
-        if not asked:
-            logger.warning("%s: stopping after this step", signal.Signals(number).name)
-        asked.append(now)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return lambda: bool(asked)
 
 
 def commit() -> str:

@@ -1,7 +1,7 @@
 """Data: documents, splits by document, and packed token sequences on disk (M17)."""
 
 from spalf.data.pack import tokenize_dataset
-from spalf.data.sources import Document, documents
+from spalf.data.sources import Document, documents, is_on_hub
 from spalf.data.splits import Part, split_of
 from spalf.data.tokens import SequenceStream, TokenSplits
 
@@ -11,6 +11,7 @@ __all__ = [
     "SequenceStream",
     "TokenSplits",
     "documents",
+    "is_on_hub",
     "split_of",
     "tokenize_dataset",
 ]

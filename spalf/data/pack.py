@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import platform
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from spalf.config import DatasetConfig
-from spalf.data.sources import Document, documents, is_stdlib
+from spalf.data.journal import Journal, write_atomically
+from spalf.data.sources import Document, documents, is_stdlib, pieces
 from spalf.data.splits import SHARES, STDLIB_SHARES, Part, split_of
+from spalf.data.tokenised import Ids
 from spalf.data.tokens import INDEX_FILE, TokenSplits
-from spalf.errors import UserError
+from spalf.data.writers import SplitWriter, Unusable
+from spalf.errors import StopRequested, UserError
+
+logger = logging.getLogger(__name__)
 
 _BATCH_CHARACTERS = 2**20
-_BATCH_DOCUMENTS = 512
+_BATCH_TEXTS = 512
+_HUGE_CHARACTERS = 2**20
+"""A document of more is tokenised in pieces, so that no call takes long or much memory."""
 
 
 def tokenize_dataset(
@@ -34,12 +41,15 @@ def tokenize_dataset(
     evaluation_tokens: int,
     part: Literal["sae", "lm"] = "sae",
     progress: Callable[[int], None] | None = None,
+    save_due: Callable[[int], bool] | None = None,
 ) -> TokenSplits:
     """Tokenise a dataset into ``train``, ``calibration`` and ``evaluation`` sequences (M17).
 
     A split takes documents until it has as many tokens as asked, and keeps whole sequences; a
     smaller dataset gives fewer. A document is in one split only. Documents are joined by the
-    tokenizer's BOS and EOS; where the two are one token, by one of them.
+    tokenizer's BOS and EOS; where the two are one token, by one of them. A document of more than
+    a mebicharacter is tokenised in pieces of about half of that. Of a dataset that is tokenised
+    already the token ids are taken as they are, and nothing is put between them.
 
     Args:
         dataset: where the text comes from.
@@ -52,10 +62,15 @@ def tokenize_dataset(
         evaluation_tokens: tokens wanted for evaluation.
         part: "lm" draws ``train`` from the documents set aside for the bundled language models
             (``python-stdlib`` only).
-        progress: called with the number of tokens each batch added.
+        progress: called with the number of tokens each batch added. If it raises
+            `StopRequested`, the position is saved first.
+        save_due: asked after each batch, with their number, whether to save the position. Where
+            it is given, an interrupted call can be repeated and continues from the last position
+            saved, bit for bit; without it, nothing is left of an interrupted call.
 
     Raises:
         UserError: the dataset cannot be read, or is too small to give each split one sequence.
+        StopRequested: from ``progress``.
     """
     if part == "lm" and not is_stdlib(dataset):
         raise UserError("dataset", dataset.path, "only python-stdlib has an `lm` part")
@@ -66,9 +81,17 @@ def tokenize_dataset(
         "evaluation": evaluation_tokens,
     }
     dtype = np.dtype("<u2" if len(tokenizer) < 2**16 else "<i4")
-    with _Writers(out_dir, wanted, seq_len, dtype) as writers:
-        packer = _Packer(tokenizer, writers, progress)
-        fingerprint = _fill(dataset, part, writers, packer)
+    journal = Journal(out_dir) if save_due else None
+    name_of = _names(dataset, part)
+    with _Writers(out_dir, wanted, seq_len, dtype, keep=journal is not None) as writers:
+        fingerprint = _Filling(
+            batches=lambda: _batches(_texts(documents(dataset), name_of)),
+            packer=_Packer(tokenizer, writers),
+            writers=writers,
+            journal=journal,
+            progress=progress or (lambda _: None),
+            save_due=save_due or (lambda _: False),
+        ).run()
         _require_all(dataset, writers)
         splits = {name: writer.publish() for name, writer in writers.items()}
     info = {
@@ -80,7 +103,9 @@ def tokenize_dataset(
         "seq_len": seq_len,
         "splits": splits,
     }
-    _write_atomically(out_dir / INDEX_FILE, (json.dumps(info, indent=1) + "\n").encode())
+    write_atomically(out_dir / INDEX_FILE, (json.dumps(info, indent=1) + "\n").encode())
+    if journal:
+        journal.clear()
     return TokenSplits.open(out_dir)
 
 
@@ -93,141 +118,236 @@ def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _fill(dataset: DatasetConfig, part: str, writers: _Writers, packer: _Packer) -> str:
-    """Hand every document to its split until all are full; returns a digest of those used."""
+def _names(dataset: DatasetConfig, part: str) -> Callable[[Document], str | None]:
+    """Which file a document goes into, if any."""
     shares = STDLIB_SHARES if is_stdlib(dataset) else SHARES
-    names: dict[Part, str] = {"calibration": "calibration", "evaluation": "evaluation"}
-    names["lm" if part == "lm" else "train"] = "train"
-    digest = hashlib.sha256()
-    for batch in _batches(documents(dataset)):
-        chosen = [(names.get(split_of(document.key, shares)), document) for document in batch]
-        used = [(name, d) for name, d in chosen if name and not writers[name].full]
-        for _, document in used:
-            digest.update(hashlib.sha256(document.text.encode("utf-8", "replace")).digest())
-        packer.add(used)
-        if all(writer.full for writer in writers.values()):
-            break
-    return digest.hexdigest()
+    files: dict[Part, str] = {"calibration": "calibration", "evaluation": "evaluation"}
+    files["lm" if part == "lm" else "train"] = "train"
+    return lambda document: files.get(split_of(document.key, shares))
 
 
-def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:
-    """Batches large enough for fast tokenisation and small enough for memory."""
-    batch: list[Document] = []
-    characters = 0
+class _Text(NamedTuple):
+    """A document, or a piece of a huge one: what is tokenised in one go, or is already."""
+
+    name: str | None
+    text: str
+    first: bool
+    last: bool
+    ids: Ids | None = None
+
+    @property
+    def size(self) -> int:
+        """Characters, or tokens where it is tokenised already."""
+        return len(self.text) if self.ids is None else len(self.ids)
+
+    @property
+    def content(self) -> bytes:
+        """What tells it from another."""
+        if self.ids is None:
+            return self.text.encode("utf-8", "replace")
+        return self.ids.astype("<i8").tobytes()
+
+
+def _texts(
+    stream: Iterable[Document], name_of: Callable[[Document], str | None]
+) -> Iterator[_Text]:
     for document in stream:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+        name, text = name_of(document), document.text
+        if len(text) <= _HUGE_CHARACTERS:
+            yield _Text(name, text, True, True, document.ids)
+            continue
+        start = 0
+        for piece in pieces(text, _HUGE_CHARACTERS // 2):
+            end = start + len(piece)
+            yield _Text(name, piece, start == 0, end == len(text))
+            start = end
+
+
+def _batches(stream: Iterable[_Text]) -> Iterator[list[_Text]]:
+    """Batches large enough for fast tokenisation and small enough for memory."""
+    batch: list[_Text] = []
+    characters = 0
+    for text in stream:
+        batch.append(text)
+        characters += text.size
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_TEXTS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
 
 
-class _Packer:
-    """Tokenises batches of documents and appends them to their splits."""
+@dataclass
+class _Filling:
+    """Hands every text to its split until all are full; can be left and taken up between batches.
 
-    def __init__(
-        self, tokenizer: Any, writers: _Writers, progress: Callable[[int], None] | None
-    ) -> None:
+    Attributes:
+        batches: makes the batches of the dataset, from its start.
+        packer: tokenises them.
+        writers: one for each split.
+        journal: where positions are kept; ``None`` keeps none.
+        progress: called with the tokens each batch added, 0 for one that is only read again.
+        save_due: asked after each batch, with the number of batches.
+    """
+
+    batches: Callable[[], Iterator[list[_Text]]]
+    packer: _Packer
+    writers: _Writers
+    journal: Journal | None
+    progress: Callable[[int], None]
+    save_due: Callable[[int], bool]
+    _read: int = field(init=False, default=0)
+    _digest: Any = field(init=False, default=None)
+
+    def run(self) -> str:
+        """Fill the splits; returns a digest of the texts used."""
+        for position in self.journal.positions() if self.journal else ():
+            try:
+                return self._from(position)
+            except Unusable as reason:
+                logger.warning("not resuming after %d texts: %s", position["read"], reason)
+        return self._from(None)
+
+    def _from(self, position: Mapping[str, Any] | None) -> str:
+        """Fill the splits from a position, or from the start.
+
+        What lies before the position is read again, not tokenised again: that takes little time,
+        and shows whether the dataset is still the same.
+        """
+        resume_at = position["read"] if position else 0
+        for name, writer in self.writers.items():
+            if position:
+                writer.resume(position["splits"][name])
+            else:
+                writer.start()
+        if position:
+            logger.info("resuming tokenisation after %d texts", resume_at)
+        self._read, self._digest = 0, hashlib.sha256()
+        for number, batch in enumerate(self.batches(), start=1):
+            again = self._read < resume_at
+            self._take(batch, again)
+            if position and again and self._read >= resume_at:
+                self._require_same(position)
+            self._after(number, again)
+            if all(writer.full_at(self._read) for writer in self.writers.values()):
+                break
+        if position and self._read < resume_at:
+            raise Unusable("the dataset has become shorter")
+        for writer in self.writers.values():
+            writer.trim()
+        self._save()
+        return self._digest.hexdigest()
+
+    def _take(self, batch: list[_Text], again: bool) -> None:
+        writers = self.writers
+        used = [text for text in batch if text.name and not writers[text.name].full_at(self._read)]
+        for text in used:
+            self._digest.update(hashlib.sha256(text.content).digest())
+        if not again:
+            self.packer.add(used)
+        self._read += len(batch)
+        for writer in writers.values():
+            if not again and writer.full and writer.filled_at is None:
+                writer.filled_at = self._read
+
+    def _require_same(self, position: Mapping[str, Any]) -> None:
+        same = (
+            self._read == position["read"] and self._digest.hexdigest() == position["fingerprint"]
+        )
+        if not same:
+            raise Unusable("the dataset has changed")
+
+    def _after(self, number: int, again: bool) -> None:
+        """Between two batches: somebody may ask to stop, and a position may be due."""
+        try:
+            self.progress(0 if again else self.packer.added)
+        except StopRequested:
+            if not again:
+                self._save()
+            raise
+        if not again and self.save_due(number):
+            self._save()
+
+    def _save(self) -> None:
+        if self.journal is None:
+            return
+        splits = {name: writer.state() for name, writer in self.writers.items()}
+        position = {"fingerprint": self._digest.hexdigest(), "splits": splits}
+        self.journal.save(self._read, position)
+
+
+class _Packer:
+    """Tokenises batches of texts and appends them to their splits.
+
+    Attributes:
+        added: tokens of the last batch.
+    """
+
+    def __init__(self, tokenizer: Any, writers: _Writers) -> None:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._before = [bos] if bos is not None else []
         self._after = [eos] if eos is not None and eos != bos else []
-        self._tokenizer, self._writers, self._progress = tokenizer, writers, progress
+        self._tokenizer, self._writers, self.added = tokenizer, writers, 0
 
-    def add(self, batch: list[tuple[str, Document]]) -> None:
+    def add(self, batch: list[_Text]) -> None:
+        """Append a batch of texts that all have a split."""
+        self.added = 0
+        for text in batch:
+            if text.ids is not None:
+                self._require_known(text.ids)
+                self._writers[str(text.name)].append(text.ids, first=text.first)
+                self.added += len(text.ids)
+        self._tokenize([text for text in batch if text.ids is None])
+
+    def _require_known(self, ids: Ids) -> None:
+        if ids.min() < 0 or ids.max() >= len(self._tokenizer):
+            remedy = (
+                f"token ids from {ids.min()} to {ids.max()} do not fit the model's tokenizer of "
+                f"{len(self._tokenizer)}; give ids that it made"
+            )
+            raise UserError("dataset", None, remedy)
+
+    def _tokenize(self, batch: list[_Text]) -> None:
         if not batch:
             return
-        texts = [document.text for _, document in batch]
         encoded = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            [text.text for text in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]
-        for (name, _), ids in zip(batch, encoded, strict=True):
-            self._writers[name].append([*self._before, *ids, *self._after])
-        if self._progress is not None:
-            self._progress(sum(map(len, encoded)))
+        for text, ids in zip(batch, encoded, strict=True):
+            before = self._before if text.first else []
+            after = self._after if text.last else []
+            self._writers[str(text.name)].append([*before, *ids, *after], first=text.first)
+        self.added += sum(map(len, encoded))
 
 
-class _SplitWriter:
-    """Appends tokens to one ``.npy`` file under a temporary name.
+class _Writers(dict[str, SplitWriter]):
+    """The writers of all splits.
 
-    The header is written twice: numpy leaves room in it for the first dimension to grow.
+    On the way out, what was not published is removed, unless a position in it is kept.
     """
 
-    def __init__(self, path: Path, wanted: int, seq_len: int, dtype: np.dtype[Any]) -> None:
-        self._path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._seq_len, self._dtype, self._rest = seq_len, dtype, np.empty(0, dtype)
-        self._max_sequences = -(-wanted // seq_len)
-        self.sequences = self.documents = 0
-        self._file = self._temporary.open("w+b")
-        self._write_header()
-        self._data_start = self._file.tell()
-
-    @property
-    def full(self) -> bool:
-        return self.sequences >= self._max_sequences
-
-    def append(self, ids: list[int]) -> None:
-        """Add one document; tokens beyond the number wanted are dropped."""
-        if self.full:
-            return
-        self.documents += 1
-        tokens = np.concatenate([self._rest, np.asarray(ids, dtype=self._dtype)])
-        count = min(len(tokens) // self._seq_len, self._max_sequences - self.sequences)
-        self._file.write(tokens[: count * self._seq_len].tobytes())
-        self.sequences += count
-        self._rest = tokens[count * self._seq_len :]
-
-    def publish(self) -> dict[str, Any]:
-        """Finish the file and give it its name; returns the split's entry in ``tokens.json``."""
-        self._file.seek(0)
-        self._write_header()
-        if self._file.tell() != self._data_start:
-            raise RuntimeError(f"the header of {self._path.name} changed its length")
-        self._file.seek(0)
-        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self._path)
-        return {
-            "documents": self.documents,
-            "sequences": self.sequences,
-            "tokens": self.sequences * self._seq_len,
-            "sha256": digest,
-        }
-
-    def discard(self) -> None:
-        with suppress(OSError):  # of a full disk, said already
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _write_header(self) -> None:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self.sequences, self._seq_len),
-        }
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
-class _Writers(dict[str, _SplitWriter]):
-    """The writers of all splits; what was not published is removed on the way out."""
-
     def __init__(
-        self, out_dir: Path, wanted: dict[str, int], seq_len: int, dtype: np.dtype[Any]
+        self, out_dir: Path, wanted: dict[str, int], seq_len: int, dtype: np.dtype[Any], keep: bool
     ) -> None:
         super().__init__(
-            (name, _SplitWriter(out_dir / f"{name}.npy", tokens, seq_len, dtype))
+            (name, SplitWriter(out_dir / f"{name}.npy", tokens, seq_len, dtype))
             for name, tokens in wanted.items()
         )
+        self._keep = keep
 
     def __enter__(self) -> _Writers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        bad_input = kind is not None and issubclass(kind, UserError)
         for writer in self.values():
-            writer.discard()
+            if self._keep and kind is not None and not bad_input:
+                writer.close()
+            else:
+                writer.discard()
 
 
 def _require_all(dataset: DatasetConfig, writers: _Writers) -> None:
@@ -238,9 +358,3 @@ def _require_all(dataset: DatasetConfig, writers: _Writers) -> None:
                 "sequence; give more text or a smaller seq_len"
             )
             raise UserError("dataset", dataset.path, remedy)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from spalf.config import DatasetConfig
+from spalf.data.tokenised import Ids, array_files, cut_if_few, ids_of_cell, rows_of_arrays
 from spalf.errors import UserError
 from spalf.hub import hub_reachable
 
@@ -37,16 +38,30 @@ class Document:
 
     The key is the relative path for ``python-stdlib``, so that a file stays in its split from one
     Python release to the next. Elsewhere it is a digest of the text, so that exact duplicates
-    never straddle two splits.
+    never straddle two splits. Where a dataset is tokenised already, ``ids`` takes the place of
+    ``text``.
     """
 
     key: str
     text: str
+    ids: Ids | None = field(default=None, compare=False)
 
 
 def is_stdlib(dataset: DatasetConfig) -> bool:
     """Whether the dataset is the interpreter's own library."""
     return dataset.path == PYTHON_STDLIB
+
+
+def is_tokenised(dataset: DatasetConfig) -> bool:
+    """Whether the dataset holds token ids instead of text."""
+    path = Path(dataset.path).expanduser()
+    return dataset.tokens_field is not None or bool(array_files(path))
+
+
+def is_on_hub(dataset: DatasetConfig) -> bool:
+    """Whether the dataset can only be one of the hub."""
+    path = Path(dataset.path).expanduser()
+    return not (is_stdlib(dataset) or path.exists() or _looks_local(dataset.path))
 
 
 def documents(dataset: DatasetConfig) -> Iterator[Document]:
@@ -57,6 +72,9 @@ def documents(dataset: DatasetConfig) -> Iterator[Document]:
     """
     if is_stdlib(dataset):
         found = _stdlib_documents()
+    elif is_tokenised(dataset):
+        rows = (row for row in cut_if_few(_token_rows(dataset)) if len(row))
+        found = (Document(_digest_of_ids(row), "", row) for row in rows)
     else:
         texts = (text for text in _texts(dataset) if text.strip())
         found = (Document(_digest(text), text) for text in _cut_if_few(texts))
@@ -85,6 +103,10 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def _digest_of_ids(ids: Ids) -> str:
+    return hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest()
+
+
 def _cut_if_few(texts: Iterable[str]) -> Iterator[str]:
     """The texts as they are, or cut into about 2·MIN_DOCUMENTS pieces if there are only a few."""
     rest = iter(texts)
@@ -111,25 +133,46 @@ def _stdlib_documents() -> Iterator[Document]:
 
 def _texts(dataset: DatasetConfig) -> Iterator[str]:
     path = Path(dataset.path).expanduser()
+    rows = _rows(dataset, path)
+    if rows is None:
+        return _plain_texts(path)
+    return _text_column(dataset, rows)
+
+
+def _token_rows(dataset: DatasetConfig) -> Iterator[Ids]:
+    path = Path(dataset.path).expanduser()
+    if dataset.tokens_field is None:
+        return rows_of_arrays(array_files(path))
+    rows = _rows(dataset, path)
+    if rows is None:
+        remedy = "plain text has no columns; leave tokens_field out"
+        raise UserError("dataset.tokens_field", dataset.tokens_field, remedy)
+    cells = _column(dataset, rows, "tokens_field", dataset.tokens_field)
+    return (ids_of_cell(dataset, cell) for cell in cells if cell is not None)
+
+
+def _rows(dataset: DatasetConfig, path: Path) -> Any:
+    """The dataset's rows, or ``None`` where it is plain text."""
     if path.is_dir():
-        return _directory_texts(dataset, path)
+        return _directory_rows(dataset, path)
     if path.is_file():
         builder = _row_format(path)
         if builder is None:
-            return _file_text(path)
-        return _rows(dataset, _load(dataset, builder, data_files=str(path), split="train"))
+            return None
+        return _load(dataset, builder, data_files=str(path), split="train")
     if _looks_local(dataset.path):
         remedy = "no such file or directory; give an existing path, `python-stdlib` or a hub id"
         raise UserError("dataset", dataset.path, remedy)
     if not hub_reachable():
         raise UserError("dataset", dataset.path, f"the hub cannot be reached; {_OFFLINE}")
-    return _rows(dataset, _load(dataset, dataset.path, name=dataset.name, split=dataset.split))
+    options = {"name": dataset.name, "split": dataset.split, "revision": dataset.revision}
+    return _load(dataset, dataset.path, **options)
 
 
 def _looks_local(path: str) -> bool:
     """Whether a path that does not exist can only have been meant as a file."""
     is_hub_id = path.count("/") <= 1 and not path.startswith(("/", ".", "~"))
-    return not is_hub_id or Path(path).suffix in set(_ROW_FORMATS) | _TEXT_SUFFIXES
+    return not is_hub_id or Path(path).suffix in set(_ROW_FORMATS) | _TEXT_SUFFIXES | {".npy"}
 
 
 def _row_format(path: Path) -> str | None:
@@ -137,18 +180,30 @@ def _row_format(path: Path) -> str | None:
     return next((_ROW_FORMATS[s] for s in path.suffixes if s in _ROW_FORMATS), None)
 
 
-def _directory_texts(dataset: DatasetConfig, path: Path) -> Iterator[str]:
+def _directory_rows(dataset: DatasetConfig, path: Path) -> Any:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return _rows(dataset, _load_saved(dataset, path))
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+        return _load_saved(dataset, path)
+    files = _files(path)
     builders = {builder for file in files if (builder := _row_format(file))}
     if len(builders) > 1:
         remedy = f"mixes {' and '.join(sorted(builders))} files; give a directory of one kind"
         raise UserError("dataset", dataset.path, remedy)
     if builders:
         names = [str(file) for file in files if _row_format(file)]
-        return _rows(dataset, _load(dataset, builders.pop(), data_files=names, split="train"))
-    return chain.from_iterable(_file_text(file) for file in files if file.suffix in _TEXT_SUFFIXES)
+        return _load(dataset, builders.pop(), data_files=names, split="train")
+    return None
+
+
+def _files(directory: Path) -> list[Path]:
+    found = sorted(directory.rglob("*"))
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+
+
+def _plain_texts(path: Path) -> Iterator[str]:
+    if path.is_file():
+        return _file_text(path)
+    texts = (_file_text(file) for file in _files(path) if file.suffix in _TEXT_SUFFIXES)
+    return chain.from_iterable(texts)
 
 
 def _file_text(path: Path) -> Iterator[str]:
@@ -192,8 +247,17 @@ def _load_saved(dataset: DatasetConfig, path: Path) -> Any:
     return saved[dataset.split]
 
 
-def _rows(dataset: DatasetConfig, rows: Any) -> Iterator[str]:
-    """The text column of a dataset's rows."""
+def _text_column(dataset: DatasetConfig, rows: Any) -> Iterator[str]:
+    for text in _column(dataset, rows, "text_field", dataset.text_field):
+        if isinstance(text, str):
+            yield text
+        elif text is not None:
+            remedy = f"holds {type(text).__name__}, not text; name the column that holds text"
+            raise UserError("dataset.text_field", dataset.text_field, remedy)
+
+
+def _column(dataset: DatasetConfig, rows: Any, field: str, name: str) -> Iterator[Any]:
+    """One column of a dataset's rows; ``field`` of the configuration names it."""
     iterator = iter(rows)
     while True:
         try:
@@ -202,15 +266,10 @@ def _rows(dataset: DatasetConfig, rows: Any) -> Iterator[str]:
             return
         except Exception as error:
             raise _unreadable(dataset, error) from None
-        if dataset.text_field not in row:
+        if name not in row:
             remedy = f"no such column; the dataset has {', '.join(sorted(row))}"
-            raise UserError("dataset.text_field", dataset.text_field, remedy)
-        text = row[dataset.text_field]
-        if isinstance(text, str):
-            yield text
-        elif text is not None:
-            remedy = f"holds {type(text).__name__}, not text; name the column that holds text"
-            raise UserError("dataset.text_field", dataset.text_field, remedy)
+            raise UserError(f"dataset.{field}", name, remedy)
+        yield row[name]
 
 
 def _unreadable(dataset: DatasetConfig, error: Exception) -> UserError:

@@ -7,7 +7,6 @@ text; ground truth is a linear probe for each letter, trained on other words tha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,58 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spalf.evaluation.protocols import PatchableModel, Progress, SparseCoder
+from spalf.evaluation.words import (
+    ALPHABET,
+    AbsorptionOptions,
+    WordActivations,
+    WordCollector,
+    collect_words,
+)
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-_WORD = re.compile(r"[\u0120\u2581 ]?([A-Za-z]{2,})")  # byte-level BPE or SentencePiece word start
 _CHUNK_ELEMENTS = 2**24
 _RIDGE = 1e-2
-
-
-@dataclass(frozen=True)
-class AbsorptionOptions:
-    """Thresholds of the measurement; the first four are those of the literature.
-
-    Attributes:
-        min_cosine: a stand-in's decoder direction must align with the probe at least this well.
-        min_share: and carry at least this share of the token's projection on the probe.
-        split_gain: a further main feature must raise the k-sparse probe's F1 by this much.
-        max_main: main features per letter at most.
-        occurrences: activations kept of each word, so that frequent words do not decide.
-        max_words: words used at most.
-        test_share: share of each letter's words held out for testing.
-        min_words: words a letter needs to take part.
-        min_letters: letters needed to measure at all.
-        min_probe_accuracy: mean balanced accuracy of the probes on unseen words (chance is 0.5)
-            below which the model is taken not to spell, and nothing is measured.
-        seed: decides the split and which words are dropped beyond ``max_words``.
-    """
-
-    min_cosine: float = 0.025
-    min_share: float = 0.4
-    split_gain: float = 0.03
-    max_main: int = 10
-    occurrences: int = 8
-    max_words: int = 8192
-    test_share: float = 0.3
-    min_words: int = 5
-    min_letters: int = 5
-    min_probe_accuracy: float = 0.65
-    seed: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class WordActivations:
-    """Activations at single-token words.
-
-    Attributes:
-        x: float32 ``[n, d_model]``.
-        word: token id of each row, int64 ``[n]``.
-        letter: first letter of each row, 0 to 25, int64 ``[n]``.
-    """
-
-    x: Tensor
-    word: Tensor
-    letter: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,48 +66,24 @@ def evaluate_absorption(
     return first_letter_absorption(words, sae, options=chosen)
 
 
-def first_letters(token_strings: Sequence[str]) -> Tensor:
-    """First letter of every token, int64 ``[d_vocab]``: 0 to 25, or −1 if it is not a word.
+class AbsorptionMeasurement(WordCollector):
+    """`evaluate_absorption` batch by batch; what it has gathered can be saved in between.
 
-    A word is at least two ASCII letters, with or without a leading space marker.
+    Args:
+        model: the language model; runs only up to the site.
+        sae: the trained SAE.
+        token_strings: the vocabulary as the tokenizer spells it, by token id.
     """
-    matches = (_WORD.fullmatch(text) for text in token_strings)
-    return torch.tensor([ALPHABET.index(m[1][0].lower()) if m else -1 for m in matches])
 
+    def __init__(
+        self, model: PatchableModel, sae: SparseCoder, token_strings: Sequence[str]
+    ) -> None:
+        super().__init__(model, token_strings)
+        self._sae = sae
 
-def collect_words(
-    model: PatchableModel,
-    sequences: Iterable[Tensor],
-    token_strings: Sequence[str],
-    *,
-    options: AbsorptionOptions | None = None,
-    progress: Progress | None = None,
-) -> WordActivations:
-    """Activations of the first few occurrences of each word; arguments as `evaluate_absorption`.
-
-    To be collected once and shared by every SAE of the site.
-    """
-    chosen = options or AbsorptionOptions()
-    letter_of = _limit_words(first_letters(token_strings), chosen)
-    room = torch.where(letter_of >= 0, chosen.occurrences, 0)
-    xs: list[Tensor] = []
-    words: list[Tensor] = []
-    for batch in sequences:
-        flat = batch.flatten().cpu()
-        wanted = _first_occurrences(flat, room)
-        if wanted.numel():
-            x = model.activations(batch.to(model.device)).flatten(0, 1)
-            xs.append(x[wanted.to(x.device)].float())
-            words.append(flat[wanted])
-            room -= torch.bincount(flat[wanted], minlength=room.shape[0])
-        if progress is not None:
-            progress(batch.numel())
-    if not xs:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return WordActivations(torch.zeros(0, 0), nothing, nothing)
-    word = torch.cat(words)
-    x = torch.cat(xs)
-    return WordActivations(x, word.to(x.device), letter_of[word].to(x.device))
+    def result(self) -> dict[str, Any]:
+        """As `first_letter_absorption`."""
+        return first_letter_absorption(self.words(), self._sae)
 
 
 @torch.no_grad()
@@ -195,27 +128,6 @@ def first_letter_absorption(
         "probe_accuracy": accuracy,
         "n_cases": total,
     }
-
-
-def _limit_words(letter_of: Tensor, options: AbsorptionOptions) -> Tensor:
-    """``letter_of`` with all but ``max_words`` words, drawn at random, marked as no words."""
-    words = (letter_of >= 0).nonzero().flatten()
-    generator = torch.Generator().manual_seed(options.seed)
-    order = torch.randperm(words.shape[0], generator=generator)
-    limited = letter_of.clone()
-    limited[words[order[options.max_words :]]] = -1
-    return limited
-
-
-def _first_occurrences(tokens: Tensor, room: Tensor) -> Tensor:
-    """Positions in ``tokens [n]`` that are among the first ``room[token]`` of their token."""
-    order = tokens.argsort(stable=True)
-    grouped = tokens[order]
-    positions = torch.arange(tokens.shape[0])
-    is_start = torch.ones_like(grouped, dtype=torch.bool)
-    is_start[1:] = grouped[1:] != grouped[:-1]
-    start = torch.where(is_start, positions, 0).cummax(0).values
-    return order[positions - start < room[grouped]].sort().values
 
 
 def _eligible_letters(words: WordActivations, options: AbsorptionOptions) -> list[int]:

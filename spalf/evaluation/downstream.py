@@ -64,7 +64,6 @@ class DownstreamMetrics:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "density"}
 
 
-@torch.no_grad()
 def evaluate_downstream(
     model: PatchableModel,
     saes: Mapping[str, SparseCoder],
@@ -86,23 +85,75 @@ def evaluate_downstream(
     Raises:
         UserError: ``sequences`` is empty.
     """
-    shared = _Shared()
-    tallies = {name: _Tally(sae) for name, sae in saes.items()}
+    measurement = DownstreamMeasurement(model, saes)
     for batch in sequences:
-        tokens = batch.to(model.device)
-        log_p, x = _clean_pass(model, tokens)
-        zeroed = _log_probabilities(model.patched_logits(tokens, torch.zeros_like))
-        shared.add(x, _ce(log_p, tokens), _ce(zeroed, tokens))
-        for tally in tallies.values():
+        measurement.add(batch)
+        if progress is not None:
+            progress(batch.numel())
+    return measurement.metrics()
+
+
+class DownstreamMeasurement:
+    """`evaluate_downstream` batch by batch; what it has gathered can be saved in between.
+
+    Args:
+        model: the language model, patchable at the site.
+        saes: by name.
+    """
+
+    def __init__(self, model: PatchableModel, saes: Mapping[str, SparseCoder]) -> None:
+        self._model, self._shared = model, _Shared()
+        self._tallies = {name: _Tally(sae) for name, sae in saes.items()}
+
+    @torch.no_grad()
+    def add(self, sequences: Tensor) -> None:
+        """Take in one batch of tokens ``[n_seq, seq_len]``, int64, ``seq_len`` ≥ 2."""
+        tokens = sequences.to(self._model.device)
+        log_p, x = _clean_pass(self._model, tokens)
+        zeroed = _log_probabilities(self._model.patched_logits(tokens, torch.zeros_like))
+        self._shared.add(x, _ce(log_p, tokens), _ce(zeroed, tokens))
+        for tally in self._tallies.values():
             patch = _put(tally.reconstruct(x))
-            log_q = _log_probabilities(model.patched_logits(tokens, patch))
+            log_q = _log_probabilities(self._model.patched_logits(tokens, patch))
             tally.ce.append(_ce(log_q, tokens))
             tally.kl.append(_kl(log_p, log_q))
-        if progress is not None:
-            progress(tokens.numel())
-    if not shared.tokens:
-        raise UserError("evaluate.tokens", None, "the evaluation split is empty; use more text")
-    return {name: _metrics(shared, tally) for name, tally in tallies.items()}
+
+    def metrics(self) -> dict[str, DownstreamMetrics]:
+        """The metrics of each SAE on what was added.
+
+        Raises:
+            UserError: nothing was.
+        """
+        if not self._shared.tokens:
+            raise UserError("evaluate.tokens", None, "the evaluation split is empty; use more text")
+        return {name: _metrics(self._shared, tally) for name, tally in self._tallies.items()}
+
+    def result(self) -> dict[str, dict[str, float | int | None]]:
+        """The summary of each SAE's metrics."""
+        return {name: metrics.summary() for name, metrics in self.metrics().items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything gathered so far; empty before the first batch."""
+        if not self._shared.tokens:
+            return {}
+        state = {f"shared.{name}": value for name, value in self._shared.state_dict().items()}
+        for index, tally in enumerate(self._tallies.values()):
+            state |= {f"{index}.{name}": value for name, value in tally.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; going on is then bit-identical."""
+        if not state:
+            return
+        device = self._model.device
+        self._shared.load_state_dict(_part(state, "shared", device))
+        for index, tally in enumerate(self._tallies.values()):
+            tally.load_state_dict(_part(state, str(index), device))
+
+
+def _part(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {k.removeprefix(start): v.to(device) for k, v in state.items() if k.startswith(start)}
 
 
 def _clean_pass(model: PatchableModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +175,8 @@ def _put(x_hat: Tensor) -> Callable[[Tensor], Tensor]:
 
 class _Shared:
     """What does not depend on the SAE: the spread of the activations, clean and zeroed CE."""
+
+    LISTS = ("ce_clean", "ce_zero", "positions")
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -147,9 +200,27 @@ class _Shared:
         self.mean = self.mean + shift * (count / total)
         self.tokens = total
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running sums; one tensor each."""
+        return {
+            "tokens": torch.tensor(self.tokens),
+            "mean": torch.as_tensor(self.mean),
+            "scatter": torch.tensor(self.scatter, dtype=torch.float64),
+            **{name: torch.cat(getattr(self, name)) for name in self.LISTS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self.tokens, self.scatter = int(state["tokens"]), float(state["scatter"])
+        self.mean = state["mean"]
+        for name in self.LISTS:
+            setattr(self, name, [state[name]])
+
 
 class _Tally:
     """Running sums of one SAE; the lists hold one float64 sum per sequence."""
+
+    LISTS = ("l0", "seq_len", "ce", "kl")
 
     def __init__(self, sae: SparseCoder) -> None:
         self.sae = sae
@@ -177,6 +248,20 @@ class _Tally:
         self.l0.append(l0)
         self.seq_len.append(torch.full_like(l0, x.shape[1]))
         return x_hat.view_as(x)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running sums; one tensor each."""
+        return {
+            "fired": self.fired,
+            "squared_error": torch.tensor(self.squared_error, dtype=torch.float64),
+            **{name: torch.cat(getattr(self, name)) for name in self.LISTS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self.fired, self.squared_error = state["fired"], float(state["squared_error"])
+        for name in self.LISTS:
+            setattr(self, name, [state[name]])
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

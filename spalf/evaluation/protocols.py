@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,4 +51,24 @@ class ScalableCoder(SparseCoder, Protocol):
 
     def scaled_thresholds(self, factor: float) -> SparseCoder:
         """The same autoencoder with every threshold multiplied by ``factor``."""
+        ...
+
+
+class Measurement(Protocol):
+    """A measurement taken batch by batch, which can be left and taken up between two of them."""
+
+    def add(self, sequences: Tensor) -> None:
+        """Take in one batch of tokens ``[n_seq, seq_len]``."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was gathered so far."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; going on is then bit-identical."""
+        ...
+
+    def result(self) -> Any:
+        """What came out, for JSON."""
         ...

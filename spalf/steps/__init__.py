@@ -1,7 +1,9 @@
 """The steps of the workflow as functions: files in, files out."""
 
+from spalf.steps.baseline import baseline
 from spalf.steps.calibrate import calibrate
 from spalf.steps.context import Progress, StepContext
+from spalf.steps.dashboard import dashboard
 from spalf.steps.evaluate import evaluate
 from spalf.steps.initialise import initialise_step
 from spalf.steps.train import phase1, phase2
@@ -9,7 +11,9 @@ from spalf.steps.train import phase1, phase2
 __all__ = [
     "Progress",
     "StepContext",
+    "baseline",
     "calibrate",
+    "dashboard",
     "evaluate",
     "initialise_step",
     "phase1",

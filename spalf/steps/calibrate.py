@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +17,14 @@ from spalf.checkpoint import (
     CheckpointStore,
     differences,
     fingerprint,
-    identity_digest,
-    naming,
     read_checkpoint,
     read_metadata,
     write_checkpoint,
 )
 from spalf.config import RunConfig
-from spalf.data import TokenSplits, tokenize_dataset
-from spalf.data.tokens import INDEX_FILE
+from spalf.data import TokenSplits
 from spalf.errors import Interrupted, StopRequested, UserError
-from spalf.models import LanguageModel, load_tokenizer
+from spalf.models import LanguageModel
 from spalf.steps.context import (
     CheckpointClock,
     Progress,
@@ -37,14 +32,16 @@ from spalf.steps.context import (
     environment,
     exclusive,
     finished,
-    model_revision,
+    working_directory,
+    write_json,
 )
+from spalf.steps.keep import keep_finished, restore_finished
+from spalf.steps.sources import RECORD, Sources, find_sources, recorded_sources
+from spalf.steps.tokens import place_tokens, tokens_name, tokens_of
 from spalf.whitening import SoftZCA, SplitHalfCovariance
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION_TOKENS = 2**22
-"""Cap on the calibration stream: it ends there even if the covariance has not converged (M1)."""
 SAMPLE_TOKENS = 16_384
 """Activations kept for initialisation: thresholds are quantiles over them (M5)."""
 ANCHOR_TOKENS = 8192
@@ -62,8 +59,10 @@ class Calibration:
         scale: √(tr Σ/d), the unit of the SAE's codes.
         sample: activations of the calibration split, ``[tokens, d_model]``.
         token_directions: centred unembedding columns as rows, most frequent token first.
+        token_ids: their tokens.
         measured: derived parameters found here, by name.
         digests: digests of its files, by name.
+        sources: the state of model and dataset that was read, and is to be read.
     """
 
     splits: TokenSplits
@@ -71,8 +70,10 @@ class Calibration:
     scale: float
     sample: Tensor
     token_directions: Tensor
+    token_ids: Tensor
     measured: dict[str, float | int]
     digests: dict[str, str]
+    sources: Sources
 
 
 def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
@@ -86,14 +87,20 @@ def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
         Interrupted: asked to stop; a checkpoint was written.
         Busy: another process is at work on ``out``.
     """
-    model = context.load_model(config)
+    with context.nothing_to_lose():
+        sources = find_sources(config, recorded_sources(out, working_directory(out)))
+    pinned = sources.pinned(config)
+    model = context.load_model(pinned)
     with exclusive(out, context) as working:
-        identity = fingerprint(calibration_settings(config), {"model": model_revision(config)})
+        identity = fingerprint(calibration_settings(config), sources.inputs())
+        restore_finished(out, identity)
         if (out / "metadata.json").exists() and _is_whole(out):
             theirs = read_metadata(out).get("fingerprint", {})
             if finished(out, theirs, identity, context):
                 return
-        splits = _tokens(config, model, working, context)
+        write_json(working / RECORD, sources.to_json())
+        tokens = working / tokens_name(calibration_settings(config), sources)
+        splits = tokens_of(pinned, model, tokens, context)
         store = ActivationStore(model, splits.calibration, 0, context.pause_point)
         checkpoints = CheckpointStore(working, identity, context.if_foreign)
         tensors, facts = _measure(config, store, checkpoints, context)
@@ -106,12 +113,14 @@ def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
                 "d_model": model.d_model,
                 "d_vocab": model.d_vocab,
             },
+            "sources": sources.to_json(),
             "fingerprint": identity,
             "environment": environment(context),
         }
         out.mkdir(parents=True, exist_ok=True)
-        files = _place_tokens(_tokens_directory(config, working), out)
+        files = place_tokens(tokens, out)
         write_checkpoint(out, Checkpoint({"calibration": tensors}, metadata, files))
+        keep_finished(out, identity, context)
 
 
 def calibration_settings(config: RunConfig) -> dict[str, Any]:
@@ -137,74 +146,18 @@ def _is_whole(out: Path) -> bool:
     return True
 
 
-def _tokens_directory(config: RunConfig, working: Path) -> Path:
-    """Where tokens of this dataset, model and size are built; a change of any makes it another."""
-    data = calibration_settings(config)
-    # The standard library's text is the running interpreter's.
-    chosen = {"python": platform.python_version()} | {
-        name: data[name]
-        for name in ("model_name", "revision", "dataset", "seq_len", "total_tokens", "evaluate")
-    }
-    return working / f"tokens.{identity_digest(chosen)[:8]}"
-
-
-def _tokens(
-    config: RunConfig, model: LanguageModel, working: Path, context: StepContext
-) -> TokenSplits:
-    """The dataset's tokens, from an earlier attempt where that got so far."""
-    directory = _tokens_directory(config, working)
-    if (directory / INDEX_FILE).exists():
-        try:
-            return TokenSplits.open(directory)
-        except UserError as error:
-            logger.warning("tokenising again: %s", error)
-    tokenizer = load_tokenizer(
-        config.model_name,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if len(tokenizer) > model.d_vocab:
-        remedy = (
-            f"its tokenizer has {len(tokenizer)} tokens, its weights only {model.d_vocab}; "
-            "give the directory of one model, with its own tokenizer"
-        )
-        raise UserError("model_name", config.model_name, remedy)
-    try:
-        return tokenize_dataset(
-            config.dataset,
-            tokenizer,
-            directory,
-            seq_len=config.seq_len,
-            train_tokens=config.total_tokens,
-            calibration_tokens=CALIBRATION_TOKENS,
-            evaluation_tokens=config.evaluate.tokens,
-            progress=lambda _: context.pause_point(),
-        )
-    except StopRequested:
-        raise Interrupted(0, "calibration batch") from None
-
-
-def _place_tokens(tokens: Path, out: Path) -> dict[str, Path]:
-    """Put the files of tokens into ``out`` as well; links cost nothing where they are possible."""
-    files = {}
-    (out / "tokens").mkdir(exist_ok=True)
-    for source in sorted(path for path in tokens.iterdir() if not path.name.startswith(".")):
-        target = out / "tokens" / source.name
-        target.unlink(missing_ok=True)
-        try:
-            target.hardlink_to(source)
-        except OSError:
-            with naming(target):
-                shutil.copyfile(source, target)
-        files[f"tokens/{source.name}"] = target
-    return files
-
-
 def _measure(
     config: RunConfig, store: ActivationStore, checkpoints: CheckpointStore, context: StepContext
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     seen, rate = _stream(config, store, checkpoints, context)
-    model, covariance, counts = store.model, seen.covariance, seen.counts
+    with context.nothing_to_lose():
+        return _results(config, store.model, seen, rate)
+
+
+def _results(
+    config: RunConfig, model: LanguageModel, seen: _Seen, rate: float
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    covariance, counts = seen.covariance, seen.counts
     moments, error = covariance.merged(), covariance.error()
     constants = config.constants
     if config.method.whitening:
@@ -238,19 +191,22 @@ class _Seen:
         counts: occurrences of each token, ``[d_vocab]``.
         sample: the first activations, batch by batch.
         position: index of the next sequence.
+        ended: whether that was enough.
     """
 
     covariance: SplitHalfCovariance
     counts: Tensor
     sample: list[Tensor]
     position: int = 0
+    ended: bool = False
 
     def to_checkpoint(self) -> Checkpoint:
         """As the contents of a checkpoint directory."""
         tensors = {f"covariance.{k}": v for k, v in self.covariance.state_dict().items()}
         tensors |= {"counts": self.counts}
         tensors |= {f"sample.{i:04d}": batch for i, batch in enumerate(self.sample)}
-        return Checkpoint({"calibration": tensors}, {"position": self.position})
+        metadata = {"position": self.position, "ended": self.ended}
+        return Checkpoint({"calibration": tensors}, metadata)
 
     def restore(self, saved: Checkpoint, device: torch.device) -> None:
         """Inverse of `to_checkpoint`; going on is bit-identical."""
@@ -260,7 +216,7 @@ class _Seen:
         )
         self.counts = tensors["counts"]
         self.sample = [tensors[k].to(device) for k in sorted(tensors) if k.startswith("sample.")]
-        self.position = saved.metadata["position"]
+        self.position, self.ended = saved.metadata["position"], saved.metadata["ended"]
 
 
 def _stream(
@@ -300,7 +256,7 @@ def _gather(
 ) -> None:
     runtime, stream = config.runtime, store.stream
     clock = CheckpointClock(runtime.checkpoint_every_minutes, runtime.checkpoint_every_steps)
-    while seen.position < stream.n_sequences:
+    while seen.position < stream.n_sequences and not seen.ended:
         update = seen.position // SEQUENCES_PER_UPDATE
         taken = min(SEQUENCES_PER_UPDATE, stream.n_sequences - seen.position)
         x = store.harvest(seen.position, taken)
@@ -313,11 +269,13 @@ def _gather(
         even = update % 2 == 1
         error = seen.covariance.error() if even else float("inf")
         progress.update(len(x), {"split-half": error} if even else None)
-        if seen.covariance.count >= SAMPLE_TOKENS and error <= config.constants.delta_cov:
-            return
-        if clock.due(update + 1):
+        seen.ended = seen.covariance.count >= SAMPLE_TOKENS and error <= config.constants.delta_cov
+        # What follows, the eigenvectors of a wide model, can take longer than all of this.
+        if seen.ended or seen.position >= stream.n_sequences or clock.due(update + 1):
             with clock.timed():
                 checkpoints.save(seen.position, seen.to_checkpoint())
+    if seen.ended:
+        return
     logger.warning(
         "the calibration split ended after %d tokens with a split-half error of %.3f, above "
         "delta_cov = %g: Σ is known to that accuracy only",
@@ -344,8 +302,10 @@ def token_directions(unembedding: Tensor, counts: Tensor) -> tuple[Tensor, Tenso
     return centred[order.to(centred.device)], order
 
 
-def _require_calibration_of(directory: Path, theirs: dict[str, Any], config: RunConfig) -> None:
-    ours = fingerprint(calibration_settings(config), {"model": model_revision(config)})
+def _require_calibration_of(
+    directory: Path, theirs: dict[str, Any], config: RunConfig, sources: Sources
+) -> None:
+    ours = fingerprint(calibration_settings(config), sources.inputs())
     # More held-out tokens than asked for are welcome: cells of a sweep share one calibration.
     if theirs.get("evaluate.tokens", 0) >= ours["evaluate.tokens"]:
         ours["evaluate.tokens"] = theirs["evaluate.tokens"]
@@ -362,8 +322,10 @@ def load_calibration(directory: Path, config: RunConfig, device: torch.device) -
             differing fields are listed.
     """
     checkpoint = read_checkpoint(directory, device)
-    _require_calibration_of(directory, checkpoint.metadata.get("fingerprint", {}), config)
-    tensors, measured = checkpoint.tensors["calibration"], checkpoint.metadata["measured"]
+    metadata = checkpoint.metadata
+    sources = find_sources(config, metadata.get("sources"))
+    _require_calibration_of(directory, metadata.get("fingerprint", {}), config, sources)
+    tensors, measured = checkpoint.tensors["calibration"], metadata["measured"]
     prefix = "whitener."
     whitener = SoftZCA.from_tensors(
         {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -374,6 +336,8 @@ def load_calibration(directory: Path, config: RunConfig, device: torch.device) -
         scale=measured["scale"],
         sample=tensors["sample"],
         token_directions=tensors["token_directions"],
+        token_ids=tensors["token_ids"],
         measured=measured,
-        digests=dict(checkpoint.metadata["digests"]),
+        digests=dict(metadata["digests"]),
+        sources=sources,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from spalf.checkpoint import IfForeign, differences, naming
 from spalf.config import RunConfig
 from spalf.errors import Busy, Interrupted, StopRequested, UserError
-from spalf.models import LanguageModel, load_model, resolve_model
+from spalf.models import LanguageModel, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +31,6 @@ HOLDER = "holder.json"
 
 COST_SHARE = 0.01
 """Share of the run that checkpoints may take."""
-
-_ENDS = 2**20
-"""Bytes of either end of a file that stand for its contents."""
 
 REPORTED_PACKAGES = ("spalf", "torch", "transformers", "transformer-lens", "triton")
 
@@ -61,6 +57,8 @@ class StepContext:
         if_locked: ``exit`` or ``wait`` where another process is at work on the same output.
         if_foreign: ``refuse`` or ``restart`` where checkpoints of another run are found.
         skip_nonfinite: batches that training may pass over because something was not finite.
+        nothing_to_lose: a block in which the process may be ended at once when it is asked to
+            stop, with the status that says "continue later": what can be saved is on the disk.
     """
 
     device: torch.device
@@ -70,6 +68,7 @@ class StepContext:
     if_locked: Literal["wait", "exit"] = "exit"
     if_foreign: IfForeign = "refuse"
     skip_nonfinite: int = 0
+    nothing_to_lose: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def pause_point(self) -> None:
         """Where a step may be left between two pieces of work.
@@ -82,21 +81,22 @@ class StepContext:
 
     def load_model(self, config: RunConfig) -> LanguageModel:
         """The run's language model with its site, on the context's device."""
-        return load_model(
-            config.model_name,
-            config.hook_point,
-            backend=config.backend,
-            revision=config.revision,
-            dtype=config.dtype,
-            device=self.device,
-            trust_remote_code=config.trust_remote_code,
-        )
+        with self.nothing_to_lose():
+            return load_model(
+                config.model_name,
+                config.hook_point,
+                backend=config.backend,
+                revision=config.revision,
+                dtype=config.dtype,
+                device=self.device,
+                trust_remote_code=config.trust_remote_code,
+            )
 
 
 def training_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings a trained SAE depends on: everything but evaluation, paths and runtime."""
+    """The settings a trained SAE depends on: all but evaluation, baselines, paths and runtime."""
     return config.model_dump(
-        mode="json", exclude={"runtime", "output_dir", "checkpoint", "evaluate"}
+        mode="json", exclude={"runtime", "output_dir", "checkpoint", "evaluate", "baselines"}
     )
 
 
@@ -118,28 +118,8 @@ def working_directory(out: Path) -> Path:
 
     Snakemake deletes the declared outputs of a job that failed; what lies beside them survives.
     """
-    stem = out.stem if out.suffix == ".json" else out.name
+    stem = out.stem if out.suffix in (".json", ".html") else out.name
     return out.with_name(f"{stem}.checkpoints")
-
-
-def model_revision(config: RunConfig) -> str:
-    """What tells one state of a language model from another under the same name.
-
-    For files on disk a digest of names, sizes and both ends of each; for a model of the hub the
-    revision asked for.
-    """
-    directory = Path(resolve_model(config.model_name))
-    if not directory.is_dir():
-        return config.revision or "default"
-    digest = hashlib.sha256()
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_ENDS))
-            file.seek(max(0, size - _ENDS))
-            digest.update(file.read(_ENDS))
-    return digest.hexdigest()
 
 
 def finished(

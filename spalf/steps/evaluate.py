@@ -1,9 +1,10 @@
-"""The evaluate step: Phase 1's and Phase 2's SAE on held-out tokens, side by side."""
+"""The evaluate step: SAEs on held-out tokens, those of both phases side by side."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,23 @@ from spalf.checkpoint import (
     CheckpointStore,
     fingerprint,
     identity_digest,
-    read_checkpoint,
 )
 from spalf.config import RunConfig
 from spalf.data import SequenceStream
-from spalf.errors import Interrupted, StopRequested
+from spalf.errors import Interrupted, StopRequested, UserError
 from spalf.evaluation import (
+    AbsorptionMeasurement,
+    DownstreamMeasurement,
+    Measurement,
+    ThresholdSweep,
     anchor_drift,
-    control_summary,
-    evaluate_absorption,
-    evaluate_downstream,
-    threshold_sweep,
 )
+from spalf.interchange import SAELensSAE
 from spalf.models import LanguageModel, load_tokenizer
 from spalf.sae import StratifiedSAE
 from spalf.steps.calibrate import load_calibration
 from spalf.steps.context import (
+    CheckpointClock,
     StepContext,
     environment,
     exclusive,
@@ -38,7 +40,10 @@ from spalf.steps.context import (
     training_settings,
     write_json,
 )
-from spalf.training.state import load_sae
+from spalf.steps.keep import keep_finished, restore_finished
+from spalf.steps.subjects import TrainedSAE, read_trained
+
+logger = logging.getLogger(__name__)
 
 SEQUENCES_PER_BATCH = 8
 
@@ -50,55 +55,70 @@ def evaluate(
     out: Path,
     context: StepContext,
     model_label: str | None = None,
+    variant: str = "",
 ) -> None:
-    """Measure the SAE of each phase and write ``evaluation.json``.
+    """Measure the SAE of each phase, or one in SAELens's format, and write ``evaluation.json``.
 
-    Each part of the report is kept in ``<out>.checkpoints`` as soon as it is measured, so an
-    interrupted evaluation repeats one part at most.
+    Resumes from ``<out>.checkpoints``, which holds the parts of the report that are measured and
+    the running sums of the one that is not.
 
     Args:
         config: the run; ``config.evaluate`` says on how many tokens.
         calibration: its calibration directory, which holds the held-out tokens.
-        phases: checkpoint directory of each phase, in order; the last is the final SAE.
+        phases: directory of each phase, in order; the last is the final SAE. A baseline, or any
+            other SAE of SAELens, is the single phase ``sae``.
         out: the JSON file to write.
         context: device, progress.
         model_label: short name of the model in tables; by default the model's own name.
+        variant: name of the variant of the method in tables, where it is one.
 
     Raises:
         UserError: an input is missing or damaged.
-        Interrupted: asked to stop; the parts measured so far are kept.
+        Interrupted: asked to stop; a checkpoint was written.
         Busy: another process is at work on ``out``.
     """
-    known = load_calibration(calibration, config, context.device)
-    checkpoints = {name: read_checkpoint(path, context.device) for name, path in phases.items()}
-    inputs = {name: c.metadata["digests"] for name, c in checkpoints.items()}
+    with context.nothing_to_lose():
+        known = load_calibration(calibration, config, context.device)
+        saes = {name: read_trained(path, config, context.device) for name, path in phases.items()}
+    inputs: dict[str, Any] = {name: dict(sae.digests) for name, sae in saes.items()}
+    inputs |= known.sources.inputs()
     settings = {**training_settings(config), "evaluate": config.evaluate.model_dump(mode="json")}
     settings |= {"label": model_label, "final": list(phases)[-1]}
+    settings |= {"variant": variant} if variant else {}
     identity = fingerprint(settings, {"calibration": known.digests, **inputs})
     with exclusive(out, context) as working:
+        restore_finished(out, identity)
         if _finished(out, identity, context):
             return
         store = CheckpointStore(working, identity, context.if_foreign)
-        saved = store.latest("cpu")
         subject = _Subject(
-            config=config,
-            model=context.load_model(config),
-            saes={n: load_sae(c, config, context.device).eval() for n, c in checkpoints.items()},
-            checkpoints=checkpoints,
+            config=known.sources.pinned(config),
+            model=context.load_model(known.sources.pinned(config)),
+            saes=saes,
             stream=known.splits.evaluation,
             context=context,
         )
+        _require_width(subject, phases)
         report: dict[str, Any] = {
-            "cell": _cell(config, model_label),
+            "cell": _cell(config, subject.final, model_label, variant),
             "environment": environment(context),
             "fingerprint": identity_digest(identity),
-            **_measured(subject, store, dict(saved.metadata["parts"]) if saved else {}),
+            **_Measuring(subject, store).run(),
             "final": list(phases)[-1],
-            "controller": {
-                name: _controller(_rows(path), checkpoints[name]) for name, path in phases.items()
-            },
+            "controller": {name: sae.control for name, sae in saes.items()},
         }
         write_json(out, report)
+        keep_finished(out, identity, context)
+
+
+def _require_width(subject: _Subject, phases: Mapping[str, Path]) -> None:
+    for name, sae in subject.saes.items():
+        if sae.coder.d_model != subject.model.d_model:
+            remedy = (
+                f"is for activations of width {sae.coder.d_model}, but {subject.config.hook_point} "
+                f"of {subject.config.model_name} is {subject.model.d_model} wide"
+            )
+            raise UserError("--sae", str(phases[name]), remedy)
 
 
 @dataclass(frozen=True)
@@ -109,43 +129,93 @@ class _Subject:
         config: the run.
         model: its language model.
         saes: the SAE of each phase, the final one last.
-        checkpoints: what they were loaded from.
         stream: held-out sequences.
         context: device, progress.
     """
 
     config: RunConfig
     model: LanguageModel
-    saes: Mapping[str, StratifiedSAE]
-    checkpoints: Mapping[str, Checkpoint]
+    saes: Mapping[str, TrainedSAE]
     stream: SequenceStream
     context: StepContext
 
     @property
-    def final(self) -> StratifiedSAE:
+    def final(self) -> TrainedSAE:
         return list(self.saes.values())[-1]
 
-    def held_out(self, tokens: int) -> Iterator[Tensor]:
-        """A fixed random choice of ``tokens`` held-out tokens, the same for every SAE."""
-        wanted = min(-(-tokens // self.stream.seq_len), self.stream.n_sequences)
-        for start in range(0, wanted, SEQUENCES_PER_BATCH):
-            self.context.pause_point()
-            count = min(SEQUENCES_PER_BATCH, wanted - start)
-            yield self.stream.sequences(start, count, seed=0).to(self.context.device)
+    @property
+    def available(self) -> int:
+        """Held-out tokens there are."""
+        return self.stream.n_sequences * self.stream.seq_len
 
 
-def _measured(subject: _Subject, store: CheckpointStore, parts: dict[str, Any]) -> dict[str, Any]:
-    """Every part of the report that needs the SAE, those in ``parts`` from an earlier attempt."""
-    for name, measure in _PARTS.items():
-        if name in parts:
-            continue
+class _Measuring:
+    """The parts of the report, one after the other; can be left and taken up after any batch.
+
+    Args:
+        subject: what is measured.
+        store: its checkpoints.
+    """
+
+    def __init__(self, subject: _Subject, store: CheckpointStore) -> None:
+        runtime = subject.config.runtime
+        self._subject, self._store = subject, store
+        self._clock = CheckpointClock(
+            runtime.checkpoint_every_minutes, runtime.checkpoint_every_steps
+        )
+        saved = store.latest("cpu")
+        state: Mapping[str, Any] = saved.metadata if saved else {}
+        self._parts: dict[str, Any] = dict(state.get("parts", {}))
+        self._done, self._position = state.get("done", 0), state.get("position", 0)
+        self._tensors = saved.tensors.get("measurement", {}) if saved else {}
+        if saved:
+            logger.info("resuming evaluation after %d batches", self._done)
+
+    def run(self) -> dict[str, Any]:
+        """Every part that needs the SAE, by name."""
+        for name, part in _PARTS.items():
+            if name in self._parts:
+                continue
+            with self._subject.context.nothing_to_lose():
+                tokens, measurement = part(self._subject)
+                measurement.load_state_dict(self._tensors)
+            self._run_part(name, min(tokens, self._subject.available), measurement)
+            with self._subject.context.nothing_to_lose():
+                # As it will be read back, so that a resumed report is the same byte for byte.
+                self._parts[name] = json.loads(json.dumps(measurement.result()))
+            self._position, self._tensors = 0, {}
+        return {name: self._parts[name] for name in _PARTS}
+
+    def _run_part(self, name: str, tokens: int, measurement: Measurement) -> None:
+        stream, context = self._subject.stream, self._subject.context
+        wanted = -(-tokens // stream.seq_len)
+        if self._position >= wanted:
+            return
+        label = "evaluate" if name == "phases" else f"evaluate, {name.replace('_', ' ')}"
+        progress = context.progress(label, tokens, self._position * stream.seq_len)
         try:
-            # As it will be read back, so that a resumed report is the same byte for byte.
-            parts[name] = json.loads(json.dumps(measure(subject)))
+            while self._position < wanted:
+                context.pause_point()
+                count = min(SEQUENCES_PER_BATCH, wanted - self._position)
+                # A fixed random choice of held-out tokens, the same for every SAE.
+                measurement.add(stream.sequences(self._position, count, seed=0).to(context.device))
+                self._position += count
+                self._done += 1
+                progress.update(count * stream.seq_len)
+                if self._clock.due(self._done) or self._position >= wanted:
+                    with self._clock.timed():
+                        self._save(measurement)
         except StopRequested:
-            raise Interrupted(len(parts), "part") from None
-        store.save(len(parts), Checkpoint({}, {"parts": parts}))
-    return {name: parts[name] for name in _PARTS}
+            self._save(measurement)
+            raise Interrupted(self._done, "batch") from None
+        finally:
+            progress.close()
+
+    def _save(self, measurement: Measurement) -> None:
+        metadata = {"parts": self._parts, "done": self._done, "position": self._position}
+        self._store.save(
+            self._done, Checkpoint({"measurement": measurement.state_dict()}, metadata)
+        )
 
 
 def _finished(out: Path, identity: Mapping[str, Any], context: StepContext) -> bool:
@@ -157,50 +227,81 @@ def _finished(out: Path, identity: Mapping[str, Any], context: StepContext) -> b
     return theirs == ours and finished(out, {"fingerprint": theirs}, {"fingerprint": ours}, context)
 
 
-def _phases(subject: _Subject) -> dict[str, Any]:
-    config, stream = subject.config, subject.stream
-    tokens = config.evaluate.tokens
-    progress = subject.context.progress("evaluate", min(tokens, _available(stream)), 0)
-    try:
-        measured = evaluate_downstream(
-            subject.model, subject.saes, subject.held_out(tokens), progress=progress.update
-        )
-    finally:
-        progress.close()
-    rows = {}
-    for name, metrics in measured.items():
-        checkpoint = subject.checkpoints[name]
-        trained = checkpoint.metadata["state"]["step"] * config.batch_size
-        multiplier = float(checkpoint.tensors["control"]["law.multiplier"][0])
-        rows[name] = metrics.summary() | {"lambda_faith": multiplier, "train_tokens": trained}
-    return rows
+class _Phases(DownstreamMeasurement):
+    """Downstream metrics of each phase's SAE, with what its training adds to the row."""
+
+    def __init__(self, subject: _Subject) -> None:
+        super().__init__(subject.model, {name: sae.coder for name, sae in subject.saes.items()})
+        self._saes = subject.saes
+
+    def result(self) -> dict[str, dict[str, float | int | None]]:
+        """One row for each phase."""
+        rows = super().result()
+        for name, row in rows.items():
+            row["lambda_faith"] = self._saes[name].multiplier
+            row["train_tokens"] = self._saes[name].train_tokens
+        return rows
 
 
-def _sweep(subject: _Subject) -> list[dict[str, float]]:
-    chosen = subject.config.evaluate
-    sequences = subject.held_out(chosen.sweep_tokens)
-    return threshold_sweep(subject.model, subject.final, sequences, chosen.sweep_factors)
+@dataclass(frozen=True)
+class _AtOnce:
+    """A part of the report that reads no tokens."""
+
+    value: Any
+
+    def add(self, sequences: Tensor) -> None:
+        """Nothing to take in."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing to save."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
+
+    def result(self) -> Any:
+        """The value."""
+        return self.value
 
 
-def _drift(subject: _Subject) -> dict[str, Any]:
-    return dict(anchor_drift(subject.final.W_dec, subject.final.anchors))
+Part = tuple[int, Measurement]
+"""How many tokens a part of the report is measured on, and the measurement."""
 
 
-def _absorption(subject: _Subject) -> dict[str, Any]:
+def _phases(subject: _Subject) -> Part:
+    return subject.config.evaluate.tokens, _Phases(subject)
+
+
+def _sweep(subject: _Subject) -> Part:
+    chosen, coder = subject.config.evaluate, subject.final.coder
+    if isinstance(coder, SAELensSAE) and not coder.has_thresholds:
+        return 0, _AtOnce([])
+    sweep = ThresholdSweep(subject.model, coder, chosen.sweep_factors)
+    return chosen.sweep_tokens, sweep
+
+
+def _drift(subject: _Subject) -> Part:
+    coder = subject.final.coder
+    if not isinstance(coder, StratifiedSAE):
+        return 0, _AtOnce({"skipped": "no column is anchored"})
+    return 0, _AtOnce(dict(anchor_drift(coder.W_dec, coder.anchors)))
+
+
+def _absorption(subject: _Subject) -> Part:
     config = subject.config
     if not config.evaluate.absorption:
-        return {"skipped": "evaluate.absorption is false"}
+        return 0, _AtOnce({"skipped": "evaluate.absorption is false"})
     tokenizer = load_tokenizer(
         config.model_name,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
     strings = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    sequences = subject.held_out(config.evaluate.tokens)
-    return evaluate_absorption(subject.model, subject.final, sequences, strings)
+    coder = subject.final.coder
+    return config.evaluate.tokens, AbsorptionMeasurement(subject.model, coder, strings)
 
 
-_PARTS: dict[str, Callable[[_Subject], Any]] = {
+_PARTS: dict[str, Callable[[_Subject], Part]] = {
     "phases": _phases,
     "threshold_sweep": _sweep,
     "drift": _drift,
@@ -208,28 +309,17 @@ _PARTS: dict[str, Callable[[_Subject], Any]] = {
 }
 
 
-def _available(stream: SequenceStream) -> int:
-    return stream.n_sequences * stream.seq_len
-
-
-def _cell(config: RunConfig, label: str | None) -> dict[str, Any]:
+def _cell(config: RunConfig, final: TrainedSAE, label: str | None, variant: str) -> dict[str, Any]:
     return {
         "model": label or config.model_name,
         "model_name": config.model_name,
         "hook_point": config.hook_point,
-        "method": "spalf",
+        "method": final.method,
+        "variant": variant,
         "L0_target": config.L0_target,
         "R2_target": config.R2_target,
-        "F": config.F,
+        "F": final.coder.d_sae,
         "seed": config.seed,
+        "lr": final.lr,
+        "hyperparameters": dict(final.hyperparameters),
     }
-
-
-def _rows(directory: Path) -> list[dict[str, float]]:
-    text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def _controller(rows: list[dict[str, float]], checkpoint: Checkpoint) -> dict[str, Any]:
-    state = checkpoint.metadata["state"]
-    return {**control_summary(rows, state["phase"]), "ended_by": state["ended_by"]}

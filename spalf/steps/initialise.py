@@ -25,23 +25,24 @@ def initialise_step(config: RunConfig, calibration: Path, out: Path, context: St
         UserError: the calibration is damaged, or ``V_cap`` does not fit F.
         Busy: another process is at work on ``out``.
     """
-    known = load_calibration(calibration, config, context.device)
-    sae = StratifiedSAE(
-        known.whitener,
-        config.F,
-        anchor_directions(known.token_directions, config.F, config.method),
-        known.scale,
-        config.method.surrogate,
-        config.runtime.kernel,
-    )
-    report = initialise(
-        sae,
-        known.sample,
-        l0_start=schedule(config).l0_start,
-        c_eps=config.constants.c_eps,
-        encoder_init=config.method.encoder_init,
-        seed=config.seed,
-    )
+    with context.nothing_to_lose():
+        known = load_calibration(calibration, config, context.device)
+        sae = StratifiedSAE(
+            known.whitener,
+            config.F,
+            anchor_directions(known.token_directions, config.F, config.method),
+            known.scale,
+            config.method.surrogate,
+            config.runtime.kernel,
+        )
+        report = initialise(
+            sae,
+            known.sample,
+            l0_start=schedule(config).l0_start,
+            c_eps=config.constants.c_eps,
+            encoder_init=config.method.encoder_init,
+            seed=config.seed,
+        )
     measured = {**known.measured, **asdict(report)}
     measured["tau_start"] = report.first_mse / 2
     weights, constants = sae_tensors(sae)
@@ -50,7 +51,7 @@ def initialise_step(config: RunConfig, calibration: Path, out: Path, context: St
         "config": {name: training_settings(config)[name] for name in INIT_FIELDS},
         "measured": measured,
         "derived": [asdict(row) for row in describe(config, measured)],
-        "inputs": {"calibration": known.digests},
+        "inputs": {"calibration": known.digests, **known.sources.inputs()},
         "environment": environment(context),
     }
     with exclusive(out, context):

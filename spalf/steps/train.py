@@ -35,6 +35,7 @@ from spalf.steps.context import (
     training_settings,
     working_directory,
 )
+from spalf.steps.keep import keep_finished, restore_finished
 from spalf.training.loop import Hooks, phase_end, run_phase
 from spalf.training.metrics import MetricsLog
 from spalf.training.phase import (
@@ -145,8 +146,9 @@ def _job(
     out: Path,
     context: StepContext,
 ) -> _Job:
-    known = load_calibration(calibration, config, context.device)
-    digests: dict[str, Any] = {"calibration": known.digests}
+    with context.nothing_to_lose():
+        known = load_calibration(calibration, config, context.device)
+    digests: dict[str, Any] = {"calibration": known.digests, **known.sources.inputs()}
     for name, path in inputs.items():
         metadata = read_metadata(path)
         _require_same_run(path, metadata.get("config", {}), training_settings(config))
@@ -204,12 +206,13 @@ def _run(
         if _finished(job):
             return
         store = CheckpointStore(job.working, job.identity, job.context.if_foreign)
-        saved = store.latest("cpu")
-        if saved:
-            logger.info("resuming %s at step %d", job.out, saved.metadata["state"]["step"])
-            shutil.copyfile(saved.files[METRICS], job.working / METRICS)
-        state = from_checkpoint(saved, job.config, job.context.device) if saved else start()
-        model = job.context.load_model(job.config)
+        with job.context.nothing_to_lose():
+            saved = store.latest("cpu")
+            if saved:
+                logger.info("resuming %s at step %d", job.out, saved.metadata["state"]["step"])
+                shutil.copyfile(saved.files[METRICS], job.working / METRICS)
+            state = from_checkpoint(saved, job.config, job.context.device) if saved else start()
+        model = job.context.load_model(job.calibration.sources.pinned(job.config))
         activations = ActivationStore(
             model, job.calibration.splits.train, job.config.seed, job.context.pause_point
         )
@@ -230,10 +233,12 @@ def _run(
         finally:
             log.close()
         _publish(job, state)
+        keep_finished(job.out, job.identity, job.context)
 
 
 def _finished(job: _Job) -> bool:
     """Whether this very step has been completed, by this or another process."""
+    restore_finished(job.out, job.identity)
     if not (job.out / "metadata.json").exists():
         return False
     try:

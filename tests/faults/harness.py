@@ -177,10 +177,11 @@ class Events:
         self.seen, self._kill_at, self._counter = 0, kill_at, counter
 
     def install(self) -> None:
+        from spalf import evaluation
         from spalf.activations import ActivationStore
         from spalf.checkpoint import files
         from spalf.data import pack
-        from spalf.training import loop
+        from spalf.training import graph
         from spalf.whitening import SplitHalfCovariance
 
         for owner, name in (
@@ -192,12 +193,15 @@ class Events:
             (ActivationStore, "sequences"),
             (SplitHalfCovariance, "update"),
             (pack._Packer, "add"),
-            (pack._SplitWriter, "publish"),
-            (loop, "train_step"),
+            (pack.SplitWriter, "publish"),
+            (evaluation.DownstreamMeasurement, "add"),
+            (evaluation.AbsorptionMeasurement, "add"),
+            (graph, "train_step"),
             (files, "save_file"),
             (sys.modules["spalf.steps.evaluate"], "write_json"),
         ):
             setattr(owner, name, self._counted(getattr(owner, name)))
+        pack._BATCH_CHARACTERS = 2**15  # many batches of a small corpus
         files.save_file = self._torn(files.save_file)
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:

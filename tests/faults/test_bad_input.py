@@ -67,6 +67,15 @@ FILES = [
     _case("a deep nest", "not valid YAML", b"[" * 20_000),
     _case("a key that is a list", "not valid YAML", b"? [1, 2]\n: 3\n"),
     _case("a numeric key", "1", b"1: 2\n"),
+    _case("a key given twice", "key 'F' is given twice, at lines 1 and 3", b"F: 1\nlr: 2\nF: 3\n"),
+    _case("twice on one line", "key 'F' is given twice, at line 1", b'{"F": 1, "F": 2}'),
+    _case(
+        "twice within a section",
+        "key 'capu' is given twice, at lines 2 and 4",
+        b"method:\n  capu: true\n  v_cap: 3\n  capu: false\n",
+    ),
+    _case("twice, once in quotes", "key 'F' is given twice, at lines 1 and 2", b"F: 1\n'F': 2\n"),
+    _case("twice in an item of a list", "key 'a' is given twice", b"x: [{a: 1, a: 2}]\n"),
 ]
 
 FIELDS = [

@@ -40,16 +40,16 @@ def _killed_at_step(number: int) -> Callable[[], None]:
     def install() -> None:
         import os
 
-        from spalf.training import loop
+        from spalf.training import graph
 
-        step = loop.train_step
+        step = graph.train_step
 
         def counted(state: Any, *args: Any) -> Any:
             if state.step == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(state, *args)
 
-        loop.train_step = counted
+        graph.train_step = counted
 
     return install
 
@@ -79,7 +79,48 @@ def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def _foreign(path: Path) -> None:
+    """A file of the same name from elsewhere: whole, but not the one that was written."""
+    other = path.parent.with_name("step_000000016") / path.name
+    assert other.read_bytes() != path.read_bytes()
+    path.write_bytes(other.read_bytes())
+
+
 DAMAGE = [_truncate, _flip, _remove, _empty]
+NEVER_CHANGES = "tensors.safetensors"
+METADATA = "metadata.json"  # of another checkpoint, whole, with its own digests
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != NEVER_CHANGES])
+def test_a_foreign_file_in_a_checkpoint_is_named_and_the_one_before_it_used(
+    name: str, interrupted: Run, reference: Run, tmp_path: Path
+) -> None:
+    result = _copy(interrupted, tmp_path)
+    newest = sorted(result.working("phase1").glob("step_*"))[-1]
+    _foreign(newest / name)
+    outcome = result.run("phase1")
+    assert outcome.status == 0, outcome.errors
+    assert f"{newest}/" in outcome.errors and "does not match its digest" in outcome.errors
+    assert name == METADATA or f"{newest / name}" in outcome.errors
+    assert "at step 16" in outcome.errors
+    assert_same(result, reference, COMPARED[:2])
+
+
+def test_i9_nothing_of_the_buffer_is_in_a_checkpoint(interrupted: Run) -> None:
+    """What a checkpoint holds is known by name, and no larger than the SAE asks for."""
+    from safetensors.numpy import load_file
+
+    from spalf.config import RunConfig, schedule
+
+    config = RunConfig.model_validate(yaml.safe_load(interrupted.config.read_text()))
+    newest = sorted(interrupted.working("phase1").glob("step_*"))[-1]
+    d_model = 64
+    largest = max(config.F, d_model) * d_model
+    assert {path.name for path in newest.iterdir()} == set(FILES)
+    for path in newest.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            assert tensor.size <= largest, (path.name, name, tensor.shape)
+    assert schedule(config).block_tokens * d_model > largest
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -95,6 +136,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert f"{newest / name}" in outcome.errors
     assert "resuming" in outcome.errors and "at step 16" in outcome.errors
     assert_same(result, reference, COMPARED[:2])
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    ("step", "owner", "name", "file"),
+    [
+        ("calibrate", "spalf.whitening:SplitHalfCovariance", "update", "calibration"),
+        ("evaluate", "spalf.evaluation:DownstreamMeasurement", "add", "measurement"),
+    ],
+)
+def test_damaged_checkpoints_of_other_steps_are_gone_round_as_well(
+    step: str,
+    owner: str,
+    name: str,
+    file: str,
+    damage: Callable[[Path], None],
+    reference: Run,
+    fresh: Callable[[str], Run],
+) -> None:
+    result = fresh(step)
+    every = ("--runtime", '{"checkpoint_every_steps": 2}')
+    outcome = result.run(step, _killed_at_call(owner, name, 7), *every)
+    assert outcome.status == -signal.SIGKILL, outcome.errors
+    newest = sorted(result.working(step).glob("step_*"))[-1]
+    damage(newest / f"{file}.safetensors")
+    outcome = result.run(step, None, *every)
+    assert outcome.status == 0, outcome.errors
+    assert f"{newest / file}.safetensors" in outcome.errors and "resuming" in outcome.errors
+    made = ("calibration/calibration.safetensors",) if step == "calibrate" else COMPARED[4:]
+    assert_same(result, reference, made)
+
+
+def _killed_at_call(place: str, name: str, number: int) -> Callable[[], None]:
+    def install() -> None:
+        import importlib
+        import os
+
+        module, owner_name = place.split(":")
+        owner = getattr(importlib.import_module(module), owner_name)
+        function, calls = getattr(owner, name), [0]
+
+        def counted(*args: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        setattr(owner, name, counted)
+
+    return install
 
 
 def test_with_every_checkpoint_damaged_the_phase_starts_anew(

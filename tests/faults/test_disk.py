@@ -90,16 +90,16 @@ def test_a_disk_that_fills_up_under_way_keeps_the_checkpoint_before(
     result = _on_disk(small_disk, reference, "phase1")
 
     def install() -> None:
-        from spalf.training import loop
+        from spalf.training import graph
 
-        step = loop.train_step
+        step = graph.train_step
 
         def filling(state: Any, *args: Any) -> Any:
             if state.step == 20:
                 _fill(small_disk, 0)
             return step(state, *args)
 
-        loop.train_step = filling
+        graph.train_step = filling
 
     outcome = result.run("phase1", install)
     _assert_one_line(outcome, "the disk is full")

@@ -42,10 +42,10 @@ def _bad_gradient(parameter: str, value: float, *steps: int) -> Callable[[], Non
     """Make the gradient of a parameter bad at these steps, counted from 1."""
 
     def install() -> None:
-        from spalf.training import loop
+        from spalf.training import graph, loop
 
-        for name in ("train_step", "first_non_finite"):
-            setattr(loop, name, _spoiling(getattr(loop, name)))
+        graph.train_step = _spoiling(graph.train_step)
+        loop.first_non_finite = _spoiling(loop.first_non_finite)
 
     def _spoiling(function: Callable[..., Any]) -> Callable[..., Any]:
         def spoiling(state: Any, *args: Any) -> Any:
@@ -65,7 +65,27 @@ def _bad_gradient(parameter: str, value: float, *steps: int) -> Callable[[], Non
     return install
 
 
+def _bad_loss(*steps: int) -> Callable[[], None]:
+    """Make the loss infinite at these steps, counted from 1, with gradients that are finite."""
+
+    def install() -> None:
+        from spalf.training import step as module
+
+        forward = module._forward
+
+        def spoiled(state: Any, *args: Any) -> Any:
+            observed, violations, loss, rows = forward(state, *args)
+            if state.step + 1 in steps:
+                loss = loss + torch.full_like(loss, float("inf"))
+            return observed, violations, loss, rows
+
+        module._forward = spoiled
+
+    return install
+
+
 CASES = [
+    (_bad_loss(26), "loss not finite at step 26"),
     (_bad_activations(22), "activations not finite at step 22"),
     (_bad_activations(1), "activations not finite at step 1 "),
     (_bad_gradient("W_enc", float("nan"), 19), "gradient of W_enc not finite at step 19"),
@@ -145,15 +165,15 @@ def test_i10_a_run_that_skips_resumes_bit_identically(
 def _killed_before(step: int, more: Callable[[], None]) -> Callable[[], None]:
     def install() -> None:
         more()
-        from spalf.training import loop
+        from spalf.training import graph
 
-        original = loop.train_step
+        original = graph.train_step
 
         def killing(state: Any, *args: Any) -> Any:
             if state.step + 1 == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(state, *args)
 
-        loop.train_step = killing
+        graph.train_step = killing
 
     return install

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,3 +83,82 @@ def _events_of(step: str, reference: Run, fresh: Callable[[str], Run], tmp_path:
         assert outcome.status == 0, outcome.errors
         _COUNTS[step] = int(counter.read_text())
     return _COUNTS[step]
+
+
+def _counting(counter: Path, kill_at: int | None, *places: str) -> Callable[[], None]:
+    """Count the calls of functions in a file, and die before the ``kill_at``-th of all."""
+
+    def install() -> None:
+        import importlib
+
+        from spalf.data import pack
+
+        pack._BATCH_CHARACTERS = 2**15
+        calls = [0]
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls[0] += 1
+                if calls[0] == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                counter.write_text(str(calls[0]))
+                return function(*args, **kwargs)
+
+            return call
+
+        for place in places:
+            module, owner, name = place.split(":")
+            holder = getattr(importlib.import_module(module), owner)
+            setattr(holder, name, counted(getattr(holder, name)))
+
+    return install
+
+
+TOKENISING = ("spalf.data.pack:_Packer:add",)
+EVALUATING = (
+    "spalf.evaluation:DownstreamMeasurement:add",
+    "spalf.evaluation:AbsorptionMeasurement:add",
+)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.7, 0.95])
+@pytest.mark.parametrize(
+    ("step", "places", "said"),
+    [
+        ("calibrate", TOKENISING, "resuming tokenisation after"),
+        ("evaluate", EVALUATING, "resuming evaluation after"),
+    ],
+)
+def test_i10_work_inside_a_step_is_repeated_by_a_checkpoint_interval_at_most(
+    step: str,
+    places: tuple[str, ...],
+    said: str,
+    share: float,
+    reference: Run,
+    fresh: Callable[[str], Run],
+    tmp_path: Path,
+) -> None:
+    """`checkpoint_every_steps` is 8, and the batches of both are counted."""
+    whole = _calls_of(step, places, fresh, tmp_path)
+    result, counter = fresh(step), tmp_path / "calls"
+    kill_at = round(share * whole)
+    outcome = result.run(step, _counting(counter, kill_at, *places))
+    assert outcome.status == -signal.SIGKILL, outcome.errors
+    assert int(counter.read_text()) == kill_at - 1
+    again = result.run(step, _counting(counter, None, *places))
+    assert again.status == 0, again.errors
+    assert kill_at <= 8 or said in again.errors
+    assert int(counter.read_text()) + kill_at - 1 - whole < 8
+    assert_same(result, reference, MADE_BY[step])
+
+
+def _calls_of(
+    step: str, places: tuple[str, ...], fresh: Callable[[str], Run], tmp_path: Path
+) -> int:
+    result, counter = fresh(step), tmp_path / "whole"
+    outcome = result.run(step, _counting(counter, None, *places))
+    assert outcome.status == 0, outcome.errors
+    shutil.rmtree(result.directory)
+    count = int(counter.read_text())
+    assert count > 16
+    return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 from tests.faults.conftest import COMPARED, Run, assert_no_litter, assert_same
 
 MADE_BY = {
-    "calibrate": ("calibration/calibration.safetensors",),
+    "calibrate": ("calibration/calibration.safetensors", "calibration/tokens/train.npy"),
+    "init": ("init/model.safetensors",),
     "phase1": COMPARED[:2],
     "phase2": COMPARED[2:4],
     "evaluate": COMPARED[4:],
@@ -48,14 +50,17 @@ def _at(module: str, name: str, count: int, marker: Path) -> Callable[[], None]:
 
 PLACES = [
     ("calibrate", "spalf.data.pack:_Packer", "add", 1),
+    ("calibrate", "spalf.data.pack:SplitWriter", "append", 20),
     ("calibrate", "spalf.whitening:SplitHalfCovariance", "update", 3),
-    ("phase1", "spalf.training.loop", "train_step", 1),
-    ("phase1", "spalf.training.loop", "train_step", 30),
+    ("phase1", "spalf.training.graph", "train_step", 1),
+    ("phase1", "spalf.training.graph", "train_step", 30),
     ("phase1", "spalf.activations:ActivationStore", "sequences", 2),
-    ("phase2", "spalf.training.loop", "train_step", 4),
+    ("phase2", "spalf.training.graph", "train_step", 4),
     ("phase2", "spalf.activations:ActivationStore", "sequences", 3),
     ("evaluate", "spalf.data:SequenceStream", "sequences", 2),
     ("evaluate", "spalf.data:SequenceStream", "sequences", 6),
+    ("evaluate", "spalf.evaluation:DownstreamMeasurement", "add", 10),
+    ("evaluate", "spalf.evaluation:AbsorptionMeasurement", "add", 5),
 ]
 
 
@@ -88,11 +93,71 @@ def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
     assert_same(result, reference, MADE_BY[step])
 
 
+LONG_CALLS = [
+    ("calibrate", "spalf.steps.context", "load_model"),
+    ("calibrate", "spalf.steps.tokens", "load_tokenizer"),
+    ("calibrate", "spalf.steps.calibrate:SoftZCA", "fit"),
+    ("init", "spalf.steps.initialise", "initialise"),
+    ("phase1", "spalf.steps.train", "load_calibration"),
+    ("phase2", "spalf.steps.context", "load_model"),
+    ("evaluate", "spalf.evaluation:AbsorptionMeasurement", "result"),
+]
+
+
+@pytest.mark.parametrize(("step", "module", "name"), LONG_CALLS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_long_call_with_nothing_to_save_is_left_at_once(
+    step: str,
+    module: str,
+    name: str,
+    number: signal.Signals,
+    reference: Run,
+    fresh: Callable[[str], Run],
+    tmp_path: Path,
+) -> None:
+    result, marker = fresh(step), tmp_path / "there"
+    child = result.start(step, _never_ending(module, name, marker))
+    _wait_for(marker)
+    child.kill(number)
+    outcome = child.wait(timeout=10)
+    assert outcome.status == 75, outcome.errors
+    assert "run the same command again to continue" in outcome.lines[-1]
+    assert not (result.output(step) / "metadata.json").exists()
+    again = result.run(step)
+    assert again.status == 0, again.errors
+    assert_same(result, reference, MADE_BY[step])
+    assert_no_litter(result)
+
+
+def _never_ending(module: str, name: str, marker: Path) -> Callable[[], None]:
+    """Replace a function by a call into C that no handler of Python's can interrupt."""
+
+    def install() -> None:
+        import importlib
+
+        path, *owner_name = module.split(":")
+        owner: Any = importlib.import_module(path)
+        owner = getattr(owner, owner_name[0]) if owner_name else owner
+
+        def endless(*args: Any, **kwargs: Any) -> Any:
+            import ctypes
+
+            marker.touch()
+            libc = ctypes.CDLL(None)
+            mutex = ctypes.create_string_buffer(64)
+            libc.pthread_mutex_lock(mutex)
+            libc.pthread_mutex_lock(mutex)  # held by ourselves: for ever
+
+        setattr(owner, name, endless)
+
+    return install
+
+
 def test_an_impatient_second_term_does_not_lose_the_checkpoint(
     reference: Run, fresh: Callable[[str], Run], tmp_path: Path
 ) -> None:
     result, marker = fresh("phase1"), tmp_path / "there"
-    child = result.start("phase1", _at("spalf.training.loop", "train_step", 30, marker))
+    child = result.start("phase1", _at("spalf.training.graph", "train_step", 30, marker))
     _wait_for(marker)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         child.kill(number)
@@ -144,7 +209,7 @@ def test_a_twin_that_waits_takes_the_finished_result(
     reference: Run, fresh: Callable[[str], Run], tmp_path: Path
 ) -> None:
     result, marker = fresh("phase1"), tmp_path / "there"
-    child = result.start("phase1", _at("spalf.training.loop", "train_step", 2, marker))
+    child = result.start("phase1", _at("spalf.training.graph", "train_step", 2, marker))
     _wait_for(marker)
     twin = result.start("phase1", _forbidden_to_train, "--if-locked", "wait")
     first, second = child.wait(), twin.wait()
@@ -175,11 +240,25 @@ def test_checkpoints_are_limited_to_two_and_cost_little(
     reference: Run, fresh: Callable[[str], Run], tmp_path: Path
 ) -> None:
     result, marker = fresh("phase1"), tmp_path / "there"
-    child = result.start("phase1", _at("spalf.training.loop", "train_step", 45, marker))
+    child = result.start("phase1", _at("spalf.training.graph", "train_step", 45, marker))
     _wait_for(marker)
     names = sorted(path.name for path in result.working("phase1").glob("step_*"))
     child.wait()
     assert names == ["step_000000032", "step_000000040"]
+
+
+@pytest.mark.parametrize(("minutes", "some"), [(1e-6, True), (1e6, False)])
+def test_checkpoints_are_written_by_minutes_too(
+    minutes: float, some: bool, fresh: Callable[[str], Run], tmp_path: Path
+) -> None:
+    result, marker = fresh("phase1"), tmp_path / "there"
+    runtime = json.dumps({"checkpoint_every_steps": None, "checkpoint_every_minutes": minutes})
+    prepare = _at("spalf.training.graph", "train_step", 45, marker)
+    child = result.start("phase1", prepare, "--runtime", runtime)
+    _wait_for(marker)
+    assert any(result.working("phase1").glob("step_*")) == some
+    child.kill(signal.SIGKILL)
+    child.wait()
 
 
 def test_the_interval_in_minutes_stretches_where_a_checkpoint_takes_long() -> None:
@@ -196,27 +275,27 @@ def test_the_interval_in_minutes_stretches_where_a_checkpoint_takes_long() -> No
 
 def _slow_steps(marker: Path) -> Callable[[], None]:
     def install() -> None:
-        from spalf.training import loop
+        from spalf.training import graph
 
-        step = loop.train_step
+        step = graph.train_step
 
         def slow(*args: Any) -> Any:
             marker.touch()
             time.sleep(0.5)
             return step(*args)
 
-        loop.train_step = slow
+        graph.train_step = slow
 
     return install
 
 
 def _forbidden_to_train() -> None:
-    from spalf.training import loop
+    from spalf.training import graph
 
     def never(*_: Any) -> Any:
         raise AssertionError("the twin trained")
 
-    loop.train_step = never
+    graph.train_step = never
 
 
 def _wait_for(marker: Path) -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from spalf.config import DatasetConfig
 from spalf.data import Document, TokenSplits, documents, split_of, tokenize_dataset
 from spalf.data.splits import SHARES
-from spalf.errors import UserError
+from spalf.data.writers import SplitWriter
+from spalf.errors import StopRequested, UserError
 from tests.helpers_models import tiny_tokenizer
 
 SPLITS = ("train", "calibration", "evaluation")
@@ -232,6 +235,198 @@ def test_failures_leave_nothing_half_written(tmp_path: Path, jsonl: Path) -> Non
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(UserError, match="no usable tokens"):
         TokenSplits.open(tmp_path / "out")
+
+
+class Crash(Exception):
+    """As good as a SIGKILL: nobody handles it."""
+
+
+def small_batches(monkeypatch: Any) -> None:
+    monkeypatch.setattr("spalf.data.pack._BATCH_TEXTS", 16)
+
+
+def stopping_after(batches: int, error: type[Exception]) -> Callable[[int], None]:
+    """A progress callback that raises once so many batches were tokenised."""
+    seen = [0]
+
+    def progress(tokens: int) -> None:
+        seen[0] += tokens > 0
+        if seen[0] == batches and tokens:
+            raise error
+
+    return progress
+
+
+class Counting:
+    """A tokenizer that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.wrapped, self.texts = tiny_tokenizer(), list[str]()
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        self.texts += texts
+        return self.wrapped(texts, **options)
+
+    def __len__(self) -> int:
+        return len(self.wrapped)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+EVERYTHING = {f"{name}_tokens": 10**6 for name in SPLITS}
+
+
+@pytest.mark.parametrize("wanted", [EVERYTHING, {}])
+@pytest.mark.parametrize("batches", [1, 2, 7, 15])
+def test_i10_tokenising_stopped_and_continued_is_bit_identical(
+    jsonl: Path, tmp_path: Path, monkeypatch: Any, batches: int, wanted: dict[str, int]
+) -> None:
+    small_batches(monkeypatch)
+    whole, stopped = Counting(), Counting()
+    tokenize(jsonl, tmp_path / "whole", whole, **wanted)
+    resumable = {"save_due": lambda _: False, **wanted}
+    stop = stopping_after(batches, StopRequested)
+    try:
+        tokenize(jsonl, tmp_path / "out", stopped, progress=stop, **resumable)
+    except StopRequested:
+        tokenize(jsonl, tmp_path / "out", stopped, **resumable)
+    else:
+        assert len(whole.texts) < 16 * batches  # all splits were full before that
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert stopped.texts == whole.texts  # each of them once
+
+
+def test_i10_tokenising_killed_goes_on_from_the_last_position_saved(
+    jsonl: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    small_batches(monkeypatch)
+    whole, killed = Counting(), Counting()
+    tokenize(jsonl, tmp_path / "whole", whole, **EVERYTHING)
+    resumable = {"save_due": lambda batch: batch % 3 == 0, **EVERYTHING}
+    with pytest.raises(Crash):
+        tokenize(jsonl, tmp_path / "out", killed, progress=stopping_after(8, Crash), **resumable)
+    before = len(killed.texts)
+    assert before == 8 * 16
+    tokenize(jsonl, tmp_path / "out", killed, **resumable)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert killed.texts[before:] == whole.texts[6 * 16 :]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokenising_killed_between_two_published_files_loses_nothing(
+    jsonl: Path, tmp_path: Path, monkeypatch: Any, split: str
+) -> None:
+    tokenize(jsonl, tmp_path / "whole", **EVERYTHING)
+    tokenizer = Counting()
+    publish = SplitWriter.publish
+
+    def killed(writer: SplitWriter) -> Any:
+        if writer._path.stem == split:
+            raise Crash
+        return publish(writer)
+
+    resumable = {"save_due": lambda _: False, **EVERYTHING}
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitWriter, "publish", killed)
+        with pytest.raises(Crash):
+            tokenize(jsonl, tmp_path / "out", tokenizer, **resumable)
+    before = len(tokenizer.texts)
+    tokenize(jsonl, tmp_path / "out", tokenizer, **resumable)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(tokenizer.texts) == before
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[150] ^= 1  # behind the header of an array, and within the first batch
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (lambda out: flip(sorted(out.glob(".position_*"))[-1]), 6),
+        (lambda out: sorted(out.glob(".position_*"))[-1].write_bytes(b""), 6),
+        (lambda out: [flip(path) for path in out.glob(".position_*")], 0),
+        (lambda out: flip(out / ".train.npy.partial"), 0),
+        (lambda out: (out / ".evaluation.npy.partial").unlink(), 0),
+        (lambda out: os.truncate(out / ".train.npy.partial", 200), 0),
+        (lambda out: os.truncate(out / ".train.npy.partial", shortened(out)), 6),
+    ],
+)
+def test_damaged_positions_and_partial_files_are_found(
+    jsonl: Path, tmp_path: Path, monkeypatch: Any, caplog: Any, damage: Any, left: int
+) -> None:
+    """The position before is used, or tokenising starts anew; after 9 batches and after 6."""
+    small_batches(monkeypatch)
+    tokenizer, out = Counting(), tmp_path / "out"
+    tokenize(jsonl, tmp_path / "whole", **EVERYTHING)
+    resumable = {"save_due": lambda batch: batch % 3 == 0, **EVERYTHING}
+    with pytest.raises(Crash):
+        tokenize(jsonl, out, tokenizer, progress=stopping_after(10, Crash), **resumable)
+    assert len(list(out.glob(".position_*"))) == 2
+    damage(out)
+    before = len(tokenizer.texts)
+    tokenize(jsonl, out, tokenizer, **resumable)
+    assert contents(out) == contents(tmp_path / "whole")
+    read = sum(split_of(d.key, SHARES) in SPLITS for d in documents(dataset(jsonl)))
+    assert len(tokenizer.texts) - before == read - left * 16
+    assert "does not match its digest" in caplog.text or "is missing" in caplog.text
+
+
+def shortened(out: Path) -> int:
+    """A size between those of the last two positions."""
+    tokens = []
+    for path in sorted(out.glob(".position_*")):
+        tokens.append(json.loads(path.read_text().split("\n")[1])["splits"]["train"]["tokens"])
+    assert tokens[0] < tokens[1]
+    return 128 + 2 * tokens[1] - 2
+
+
+@pytest.mark.parametrize("change", ["altered", "shortened"])
+def test_tokens_of_a_dataset_that_changed_meanwhile_are_not_mixed(
+    jsonl: Path, tmp_path: Path, monkeypatch: Any, caplog: Any, change: str
+) -> None:
+    small_batches(monkeypatch)
+    resumable = {"save_due": lambda _: True, **EVERYTHING}
+    with pytest.raises(Crash):
+        tokenize(jsonl, tmp_path / "out", progress=stopping_after(20, Crash), **resumable)
+    other = [text.replace("document", "paper") for text in TEXTS]
+    rows = other if change == "altered" else TEXTS[:300]
+    write_jsonl(jsonl, [{"text": text} for text in rows])
+    tokenize(jsonl, tmp_path / "out", **resumable)
+    tokenize(jsonl, tmp_path / "whole", **EVERYTHING)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert "the dataset has" in caplog.text
+
+
+def test_bad_input_leaves_no_position_behind(tmp_path: Path) -> None:
+    short = write_jsonl(tmp_path / "short.jsonl", [{"text": "a few words"}])
+    with pytest.raises(UserError, match="too small"):
+        tokenize(short, tmp_path / "out", save_due=lambda _: True)
+    assert not list((tmp_path / "out").glob(".*.partial"))
+
+
+def test_a_huge_document_is_tokenised_in_pieces_and_stays_one(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("spalf.data.pack._HUGE_CHARACTERS", 2000)
+    huge = "\n\n".join(f"paragraph {i} of the one huge document" for i in range(400))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": huge}, *({"text": t} for t in TEXTS)])
+    tokenizer = Counting()
+    splits = tokenize(path, tmp_path / "out", tokenizer, **EVERYTHING)
+    assert max(map(len, tokenizer.texts)) <= 2000
+    assert "".join(tokenizer.texts[: tokenizer.texts.index(TEXTS[0])]) == huge
+    part = split_of(next(documents(dataset(path))).key, SHARES)
+    stream = getattr(splits, part)
+    text = tokenizer.decode(stream.sequences(0, stream.n_sequences).flatten().tolist())
+    known = huge.replace("\n\n", "<unk>")  # the tiny tokenizer has no line ends
+    assert text.startswith(f"<|endoftext|>{known}<|endoftext|>")
 
 
 def test_index_that_does_not_match_its_files(jsonl: Path, tmp_path: Path) -> None:

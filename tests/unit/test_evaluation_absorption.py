@@ -16,6 +16,7 @@ from spalf.evaluation import (
     first_letters,
 )
 from spalf.evaluation.absorption import _split
+from spalf.evaluation.words import WordCollector
 
 LETTERS, WORDS, REPEATS = 8, 20, 3
 D_MODEL = LETTERS + LETTERS * WORDS
@@ -200,3 +201,18 @@ def test_text_without_words_is_skipped() -> None:
         OneHotModel(), PlantedSAE(_some(0)), [torch.tensor([[2, 5]])], VOCABULARY
     )
     assert set(result) == {"skipped"}
+
+
+@pytest.mark.parametrize("left_after", [0, 1, 2])
+def test_i10_collecting_words_can_be_left_and_taken_up(left_after: int) -> None:
+    batches = [torch.tensor([[0, 2, 0, 1], [0, 0, 5, 1]]), torch.tensor([[1, 1, 4, 2]])]
+    options = AbsorptionOptions(occurrences=3)
+    first, second = (WordCollector(OneHotModel(), VOCABULARY, options) for _ in range(2))
+    for batch in batches[:left_after]:
+        first.add(batch)
+    second.load_state_dict(first.state_dict())
+    for batch in batches[left_after:]:
+        second.add(batch)
+    whole = collect_words(OneHotModel(), batches, VOCABULARY, options=options)
+    assert torch.equal(second.words().word, whole.word)
+    assert torch.equal(second.words().x, whole.x)

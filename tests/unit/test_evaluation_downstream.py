@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from spalf.errors import UserError
-from spalf.evaluation import DownstreamMetrics, evaluate_downstream, threshold_sweep
+from spalf.evaluation import (
+    DownstreamMeasurement,
+    DownstreamMetrics,
+    ThresholdSweep,
+    evaluate_downstream,
+    threshold_sweep,
+)
 
 D_MODEL, D_VOCAB, SEQ_LEN = 6, 11, 9
 
@@ -228,3 +234,26 @@ def test_threshold_sweep_trades_sparsity_for_loss() -> None:
     expected = {"factor": 1.0, "l0": plain.l0, "ce_sae": plain.ce_sae}
     expected |= {"delta_ce": plain.delta_ce, "explained_variance": plain.explained_variance}
     assert rows[1] == expected
+
+
+@pytest.mark.parametrize("left_after", range(5))
+def test_i10_a_measurement_left_and_taken_up_is_bit_identical(left_after: int) -> None:
+    saes = {"phase1": SignedSAE(gain=0.6), "phase2": SignedSAE(gain=0.9, threshold=0.3)}
+    batches = _batches(4)
+
+    def started(kind: str) -> DownstreamMeasurement | ThresholdSweep:
+        if kind == "sweep":
+            return ThresholdSweep(ToyModel(), saes["phase2"], (0.5, 1.0, 2.0))
+        return DownstreamMeasurement(ToyModel(), saes)
+
+    for kind in ("downstream", "sweep"):
+        whole, first, second = started(kind), started(kind), started(kind)
+        for batch in batches:
+            whole.add(batch)
+        for batch in batches[:left_after]:
+            first.add(batch)
+        second.load_state_dict(first.state_dict())
+        for batch in batches[left_after:]:
+            second.add(batch)
+        assert second.result() == whole.result()
+        assert all(torch.equal(v, second.state_dict()[k]) for k, v in whole.state_dict().items())
