@@ -2,7 +2,11 @@
 
 from spalf.constraints.drift import drift_violation
 from spalf.constraints.faithfulness import blended_error, faithfulness_violation
-from spalf.constraints.orthogonality import coactive_cosine_squared, orthogonality_violation
+from spalf.constraints.orthogonality import (
+    coactive_cosine_squared,
+    orthogonality_violation,
+    strongest_features,
+)
 from spalf.constraints.state import CONSTRAINTS, Violations
 
 __all__ = [
@@ -13,4 +17,5 @@ __all__ = [
     "drift_violation",
     "faithfulness_violation",
     "orthogonality_violation",
+    "strongest_features",
 ]

@@ -91,7 +91,7 @@ class ControllerReading(NamedTuple):
 
     violations: Tensor
     l0: Tensor
-    l0_ref: float
+    l0_ref: float | Tensor
 
 
 def initial_state(

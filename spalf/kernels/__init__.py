@@ -1,6 +1,28 @@
 """Fused operations on SAE codes: a PyTorch reference and, on a GPU, Triton kernels."""
 
+from spalf.kernels.autoencode import (
+    Autoencoded,
+    Parameters,
+    Plan,
+    Precision,
+    autoencode,
+    choose_lists,
+    list_capacity,
+)
 from spalf.kernels.dispatch import Choice, Implementation, choose, jumprelu
 from spalf.kernels.reference import Surrogate
 
-__all__ = ["Choice", "Implementation", "Surrogate", "choose", "jumprelu"]
+__all__ = [
+    "Autoencoded",
+    "Choice",
+    "Implementation",
+    "Parameters",
+    "Plan",
+    "Precision",
+    "Surrogate",
+    "autoencode",
+    "choose",
+    "choose_lists",
+    "jumprelu",
+    "list_capacity",
+]

@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spalf.kernels import Implementation, Surrogate, jumprelu
+from spalf.kernels import (
+    Autoencoded,
+    Implementation,
+    Parameters,
+    Plan,
+    Precision,
+    Surrogate,
+    autoencode,
+    choose_lists,
+    list_capacity,
+)
 from spalf.whitening import SoftZCA
 
 
-class SAEOutput(NamedTuple):
+@dataclass(frozen=True)
+class SAEOutput:
     """One forward pass over ``tokens`` activations, in the SAE's own units (see `StratifiedSAE`).
 
     Attributes:
         residual: (x − x̂)/scale, ``[tokens, d_model]``.
-        x_hat: reconstruction in the units of the input, ``[tokens, d_model]``.
-        z: codes, ``[tokens, d_sae]``.
-        pre: pre-activations, ``[tokens, d_sae]``.
-        l0: active features of each token, ``[tokens]``.
-        subthreshold: Σ_j relu(pre_j)²·(1 − gate_j) of each token, ``[tokens]`` (M7).
+        encoded: what the kernels found; its reconstruction is that of x/scale.
+        scale: of the SAE.
     """
 
     residual: Tensor
-    x_hat: Tensor
-    z: Tensor
-    pre: Tensor
-    l0: Tensor
-    subthreshold: Tensor
+    encoded: Autoencoded
+    scale: float
+
+    @property
+    def x_hat(self) -> Tensor:
+        """Reconstruction in the units of the input, ``[tokens, d_model]``."""
+        return self.encoded.x_hat * self.scale
+
+    @property
+    def l0(self) -> Tensor:
+        """Active features of each token, ``[tokens]``."""
+        return self.encoded.l0
+
+    @property
+    def subthreshold(self) -> Tensor:
+        """Σ_j relu(pre_j)²·(1 − gate_j) of the first tokens, ``[sub_rows]`` (M7)."""
+        return self.encoded.subthreshold
 
 
 class StratifiedSAE(nn.Module):
@@ -49,6 +69,7 @@ class StratifiedSAE(nn.Module):
             ``n_anchored`` rows are stratum A, the rest (unit norm) stratum B.
         b_dec: ``[d_model]``, in units of ``scale``.
         bandwidth: ε_j of the surrogate, ``[d_sae]`` (M6); no gradient.
+        list_margin: how much more room than usual lists of active entries need; changes no result.
     """
 
     bandwidth: Tensor
@@ -62,6 +83,7 @@ class StratifiedSAE(nn.Module):
         scale: float,
         surrogate: Surrogate = "rectangle",
         kernel: Implementation = "auto",
+        precision: Precision = "float32",
     ) -> None:
         """Allocate an untrained SAE; `spalf.sae.initialise` gives it useful weights.
 
@@ -72,12 +94,14 @@ class StratifiedSAE(nn.Module):
             scale: √(tr Σ / d_model).
             surrogate: ``rectangle`` or ``moreau``.
             kernel: ``auto``, ``triton`` or ``reference``.
+            precision: of the operands of matrix products in training.
         """
         super().__init__()
         d_model = whitener.mean.shape[0]
         device = whitener.mean.device
         self.whitener, self.scale = whitener, scale
-        self.surrogate, self.kernel = surrogate, kernel
+        self.surrogate, self.kernel, self.precision = surrogate, kernel, precision
+        self.list_margin = 1.0
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_model, device=device))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device))
         self.log_threshold = nn.Parameter(torch.zeros(d_sae, device=device))
@@ -110,14 +134,33 @@ class StratifiedSAE(nn.Module):
         """``[tokens, d_model]`` → ``[tokens, d_sae]``."""
         return functional.linear(self.whitener.whiten(x), self.W_enc, self.b_enc)
 
-    def forward(self, x: Tensor) -> SAEOutput:
-        """Encode and decode activations ``[tokens, d_model]``, with surrogate gradients."""
-        pre = self.pre_activations(x)
-        z, l0, subthreshold = jumprelu(
-            pre, self.threshold, self.bandwidth, self.surrogate, implementation=self.kernel
+    def forward(
+        self, x: Tensor, expected_l0: float | None = None, sub_rows: int | None = None
+    ) -> SAEOutput:
+        """Encode and decode activations, with surrogate gradients.
+
+        Args:
+            x: ``[tokens, d_model]``.
+            expected_l0: active features per token to be expected; where they are few, lists of
+                them replace dense products. ``None`` computes densely.
+            sub_rows: tokens, the first ones, whose sub-threshold mass is wanted; ``None`` for all.
+        """
+        tokens = x.shape[0]
+        capacity = None if expected_l0 is None else self.capacity_for(tokens, expected_l0)
+        parameters = Parameters(
+            self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec, self.bandwidth
         )
-        scaled = torch.addmm(self.b_dec, z, self.W_dec)
-        return SAEOutput(x / self.scale - scaled, scaled * self.scale, z, pre, l0, subthreshold)
+        rows = tokens if sub_rows is None else min(sub_rows, tokens)
+        plan = Plan(self.surrogate, self.precision, self.kernel, rows, capacity)
+        encoded = autoencode(self.whitener.whiten(x), parameters, plan)
+        return SAEOutput(x / self.scale - encoded.x_hat, encoded, self.scale)
+
+    def capacity_for(self, tokens: int, expected_l0: float) -> int | None:
+        """Room that lists of active entries are given; ``None`` where dense products serve."""
+        choice = choose_lists(self.W_dec, self.d_sae, expected_l0, self.kernel)
+        if choice.implementation == "reference":
+            return None
+        return list_capacity(tokens, self.d_sae, expected_l0, self.list_margin)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of activations: ``[..., d_model]`` → ``[..., d_sae]``, in units of ``scale``."""

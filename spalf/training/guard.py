@@ -2,7 +2,7 @@
 
 The first step whose loss or gradient is not finite changes nothing, nor does any step after it,
 until somebody looks. That is decided on the device, so no step waits for the host; the host looks
-where it reads the device anyway, and then rewinds the little that it keeps itself.
+where it reads the device anyway, and then takes back its count of the steps.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from spalf.controller import ControllerState
 
 if TYPE_CHECKING:
     from spalf.training.state import TrainState
@@ -30,26 +28,37 @@ class FiniteGuard:
         self._poison = torch.zeros((), device=device)
         self._found = torch.zeros((), device=device)
         self._stalled = torch.zeros((), device=device)
-        self._before: dict[int, tuple[ControllerState, Tensor]] = {}
+        self._overflow = torch.zeros((), dtype=torch.bool, device=device)
+        self.overflowed = False
+        """Whether the last `rewind` undid steps whose lists of active entries were too short."""
 
     @property
     def found(self) -> Tensor:
         """1 from the first bad step on, else 0; float32 scalar on the device."""
         return self._found
 
-    def remember(self, state: TrainState) -> None:
-        """Keep references to what `rewind` has to put back; nothing is copied."""
-        self._before[state.step] = (state.controller, state.stale)
+    def observe(self, loss: Tensor, gradient_norm: Tensor, overflow: Tensor | None = None) -> None:
+        """Take in the scalars of one step, before its update.
 
-    def observe(self, loss: Tensor, gradient_norm: Tensor) -> None:
-        """Take in the scalars of one step, before its update."""
+        Args:
+            loss: of the step.
+            gradient_norm: likewise.
+            overflow: whether its forward pass was void for want of room, bool.
+        """
         self._poison.add_(loss.detach() + gradient_norm, alpha=0.0)
-        self._found = self._poison.isnan().to(self._found.dtype)
+        if overflow is not None:
+            self._overflow |= overflow
+            self._poison.masked_fill_(overflow, torch.nan)
+        self._found.copy_(self._poison.isnan())
         self._stalled.add_(self._found)
 
     def stalled(self) -> int:
         """Steps from the first bad one on, 0 if there was none; waits for the device."""
         return int(self._stalled.item())
+
+    def keep(self, before: Tensor, after: Tensor) -> Tensor:
+        """``before`` if the run is frozen, else ``after``."""
+        return torch.where(self._found != 0, before, after)
 
     def update(self, optimizer: torch.optim.Adam) -> None:
         """Step the optimiser unless the run is frozen."""
@@ -66,12 +75,12 @@ class FiniteGuard:
         Returns:
             Whether there was.
         """
-        stalled, before = self.stalled(), self._before
-        self._before = {}
+        stalled = self.stalled()
         if not stalled:
             return False
+        self.overflowed = bool(self._overflow.item())
+        self._overflow.zero_()
         state.step -= stalled
-        state.controller, state.stale = before[state.step]
         for tensor in (self._poison, self._found, self._stalled):
             tensor.zero_()
         return True

@@ -13,10 +13,11 @@ from torch import Tensor
 from spalf.config import RunConfig, Schedule, schedule
 from spalf.controller import ema_value
 from spalf.errors import Diverged, Interrupted
+from spalf.training.graph import stepper
 from spalf.training.phase import Phase
 from spalf.training.position import described, stream_position
 from spalf.training.state import TrainState
-from spalf.training.step import first_non_finite, record_row, train_step
+from spalf.training.step import first_non_finite, record_row
 
 logger = logging.getLogger(__name__)
 
@@ -63,18 +64,21 @@ def run_phase(
         StopRequested: from the stream of batches; ``state`` is between two steps.
     """
     plan = schedule(config)
-    batches = phase.batches(state.step - phase.first_step)
+    batches, step = phase.batches(state.step - phase.first_step), stepper(state, phase, config)
     while state.step < phase_end(state, phase, plan):
         batch = next(batches)
-        state.guard.remember(state)
-        record = train_step(state, batch, phase, config, plan)
+        record = step(batch)
         stop, due = hooks.should_stop(), hooks.checkpoint_due(state.step)
         logged = state.step % config.runtime.log_every_steps == 0
         checked = state.step % CHECK_EVERY == 0
         last = state.step == phase_end(state, phase, plan)
         # The device is read only where it is read anyway: no other step waits for it.
         if (stop or due or logged or checked or last) and state.guard.rewind(state):
-            batches = pass_over(state, phase, config, hooks, skip_nonfinite)
+            if state.guard.overflowed:
+                state.sae.list_margin *= 2
+                batches = phase.batches(state.step - phase.first_step)
+            else:
+                batches = pass_over(state, phase, config, hooks, skip_nonfinite)
             continue
         if logged:
             hooks.log(record_row(state, record, config, max(1, DEAD_TOKENS // config.batch_size)))

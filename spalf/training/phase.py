@@ -20,6 +20,7 @@ from spalf.constraints import blended_error
 from spalf.controller import ControllerGains
 from spalf.sae import SAEOutput, StratifiedSAE
 from spalf.training.position import first_sequence_of_phase_two
+from spalf.training.schedules import l0_reference
 from spalf.training.state import TrainState
 
 FLOOR_MARGIN = 0.05
@@ -71,7 +72,8 @@ def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> 
     plan = schedule(config)
 
     def observe(state: TrainState, x: Tensor) -> Observation:
-        output = state.sae(x)
+        expected = l0_reference(plan, config.L0_target, state.step)
+        output = state.sae(x, expected, plan.subthreshold_tokens)
         error, mse = _reconstruction_errors(state.sae, output, config.method.metric)
         return Observation(output, error, mse, None)
 
@@ -95,7 +97,7 @@ def phase_two(
     k_s = plan.k_s_phase2 if config.method.setpoint else 0.0
 
     def observe(state: TrainState, tokens: Tensor) -> Observation:
-        return observe_end_to_end(state, tokens, store, config.method.metric)
+        return observe_end_to_end(state, tokens, store, config)
 
     return Phase(
         number=2,
@@ -152,17 +154,18 @@ def sequence_batches(
 
 
 def observe_end_to_end(
-    state: TrainState, tokens: Tensor, store: ActivationStore, metric: str
+    state: TrainState, tokens: Tensor, store: ActivationStore, config: RunConfig
 ) -> Observation:
     """One end-to-end forward pass: reconstruction, patched model, divergence (M16)."""
     seen: list[SAEOutput] = []
+    rows = schedule(config).subthreshold_tokens
 
     def patch(x: Tensor) -> Tensor:
-        seen.append(state.sae(x.flatten(0, 1)))
+        seen.append(state.sae(x.flatten(0, 1), config.L0_target, rows))
         return seen[-1].x_hat.view_as(x)
 
     kl = patched_losses(store.model, tokens, patch).kl.mean()
-    error, mse = _reconstruction_errors(state.sae, seen[0], metric)
+    error, mse = _reconstruction_errors(state.sae, seen[0], config.method.metric)
     blended = blended_error(error, kl, state.exchange_rate)
     return Observation(seen[0], blended, mse, kl.detach())
 
@@ -186,7 +189,7 @@ def enter_phase_two(
     stream = sequence_batches(config, store, state.step, 0)
     pairs = []
     for _ in range(batches):
-        observed = observe_end_to_end(state, next(stream), store, config.method.metric)
+        observed = observe_end_to_end(state, next(stream), store, config)
         assert observed.kl is not None
         pairs.append(torch.stack([2 * observed.error - observed.kl, observed.kl]))
     error, kl = torch.stack(pairs).double().mean(dim=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from spalf.config import RunConfig
 from spalf.controller import ControllerState
 from spalf.controller.controller import from_tensors, to_tensors
 from spalf.errors import UserError
+from spalf.kernels import Precision
 from spalf.sae import StratifiedSAE
 from spalf.training.guard import FiniteGuard
 from spalf.whitening import SoftZCA
@@ -81,21 +83,33 @@ def load_sae(checkpoint: Checkpoint, config: RunConfig, device: torch.device) ->
     Raises:
         UserError: the checkpoint's dictionary size is not the configuration's.
     """
-    weights, constants = checkpoint.tensors["model"], checkpoint.tensors["tensors"]
-    if weights["W_enc"].shape[0] != config.F:
-        raise UserError("F", config.F, f"the checkpoint has F = {weights['W_enc'].shape[0]}")
+    found = checkpoint.tensors["model"]["W_enc"].shape[0]
+    if found != config.F:
+        raise UserError("F", config.F, f"the checkpoint has F = {found}")
+    sae = sae_from_tensors(checkpoint.tensors, device)
+    sae.surrogate, sae.kernel = config.method.surrogate, config.runtime.kernel
+    sae.precision = _precision(config.runtime.precision, device)
+    return sae
+
+
+def _precision(wanted: str, device: torch.device) -> Precision:
+    """Operands of matrix products: on a GPU bfloat16 unless the configuration says otherwise."""
+    if wanted == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return "bfloat16" if wanted == "bfloat16" else "float32"
+
+
+def sae_from_tensors(
+    files: Mapping[str, Mapping[str, Tensor]], device: torch.device
+) -> StratifiedSAE:
+    """Rebuild an SAE from the tensors of ``model`` and ``tensors``, by file stem."""
+    weights, constants = files["model"], files["tensors"]
     prefix = "whitener."
     whitener = SoftZCA.from_tensors(
         {k.removeprefix(prefix): v for k, v in constants.items() if k.startswith(prefix)}
     ).to(device)
-    sae = StratifiedSAE(
-        whitener,
-        config.F,
-        constants["anchors"].to(device),
-        float(constants["scale"]),
-        config.method.surrogate,
-        config.runtime.kernel,
-    )
+    anchors = constants["anchors"].to(device)
+    sae = StratifiedSAE(whitener, weights["W_enc"].shape[0], anchors, float(constants["scale"]))
     with torch.no_grad():
         for name in PARAMETERS:
             getattr(sae, name).copy_(weights[name])

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from spalf.config import RunConfig, Schedule
 from spalf.constraints import (
@@ -16,14 +15,19 @@ from spalf.constraints import (
     drift_violation,
     faithfulness_violation,
     orthogonality_violation,
+    strongest_features,
 )
 from spalf.controller import ControllerReading, update
+from spalf.controller.controller import from_tensors, to_tensors
 from spalf.lagrangian import augmented_lagrangian, sparsity_objective
+from spalf.sae import ParameterRows, SAEOutput
+from spalf.training.descent import descend
 from spalf.training.phase import Observation, Phase
 from spalf.training.schedules import l0_reference, lambda_disc, learning_rate
 from spalf.training.state import TrainState
 
-GRADIENT_NORM = 1.0
+REVIVAL_RATE = 0.003
+"""Share by which the threshold of a silent feature falls each step."""
 BANDWIDTH_EVERY = 100
 """Steps between refreshes of the surrogate bandwidth (M6)."""
 BANDWIDTH_TOKENS = 1024
@@ -33,8 +37,8 @@ class StepRecord(NamedTuple):
     """What a step leaves for the log; device tensors, read back only when logged.
 
     Attributes:
-        lr: learning rate.
-        l0_ref: reference L0.
+        lr: learning rate; a plain number or on the device.
+        l0_ref: reference L0; likewise.
         l0: achieved L0 of the batch.
         mse: E‖x − x̂‖²/scale².
         kl: nats per token; NaN in Phase 1.
@@ -42,13 +46,36 @@ class StepRecord(NamedTuple):
         gradient_norm: global norm before clipping.
     """
 
-    lr: float
-    l0_ref: float
+    lr: float | Tensor
+    l0_ref: float | Tensor
     l0: Tensor
     mse: Tensor
     kl: Tensor
     violations: Tensor
     gradient_norm: Tensor
+
+
+class StepInputs(NamedTuple):
+    """What the schedules say about a step; plain numbers, or scalars on the device.
+
+    Attributes:
+        lr: learning rate.
+        l0_ref: reference L0.
+        lambda_disc: weight of the sub-threshold mass.
+    """
+
+    lr: float | Tensor
+    l0_ref: float | Tensor
+    lambda_disc: float | Tensor
+
+
+def step_inputs(state: TrainState, config: RunConfig, plan: Schedule) -> StepInputs:
+    """The schedules at the coming step, as plain numbers."""
+    return StepInputs(
+        lr=learning_rate(plan, config.lr, state.step, state.cooldown_start),
+        l0_ref=l0_reference(plan, config.L0_target, state.step),
+        lambda_disc=lambda_disc(plan, state.step, state.cooldown_start),
+    )
 
 
 def train_step(
@@ -66,38 +93,85 @@ def train_step(
     Returns:
         The record of the step.
     """
-    lr = learning_rate(plan, config.lr, state.step, state.cooldown_start)
-    l0_ref = l0_reference(plan, config.L0_target, state.step)
-    observed, violations, loss = _forward(state, batch, phase, config, plan)
-    control = state.controller
-    gradient_norm = _descend(state, loss, lr)
-    _after_descent(state, observed, config)
+    inputs = step_inputs(state, config, plan)
+    record, output = advance(state, batch, phase, config, plan, inputs)
+    finish_step(state, output, config)
+    return record
+
+
+def advance(
+    state: TrainState,
+    batch: Tensor,
+    phase: Phase,
+    config: RunConfig,
+    plan: Schedule,
+    inputs: StepInputs,
+) -> tuple[StepRecord, SAEOutput]:
+    """The part of a step that happens on the device; nothing in it waits for the host."""
+    observed, violations, loss, rows = _forward(state, batch, phase, config, plan, inputs)
+    encoded = observed.output.encoded
+    gradient_norm = descend(state, loss, rows, encoded.overflow, inputs.lr)
+    silent = torch.where(encoded.fired, torch.zeros_like(state.stale), state.stale + 1)
+    state.stale = state.guard.keep(state.stale, silent)
+    if config.method.revival:
+        _lower_thresholds(state, plan)
     l0 = observed.output.l0.detach().double().mean()
-    reading = ControllerReading(violations.observed, l0, l0_ref)
-    state.controller = update(control, reading, phase.gains)
-    state.step += 1
+    reading = ControllerReading(violations.observed, l0, inputs.l0_ref)
+    before, after = to_tensors(state.controller), update(state.controller, reading, phase.gains)
+    kept = {name: state.guard.keep(before[name], new) for name, new in to_tensors(after).items()}
+    state.controller = from_tensors(kept)
     kl = observed.mse.new_full((), torch.nan) if observed.kl is None else observed.kl
-    return StepRecord(lr, l0_ref, l0, observed.mse, kl, violations.observed, gradient_norm)
+    record = StepRecord(
+        inputs.lr, inputs.l0_ref, l0, observed.mse, kl, violations.observed, gradient_norm
+    )
+    return record, observed.output
+
+
+@torch.no_grad()
+def _lower_thresholds(state: TrainState, plan: Schedule) -> None:
+    """Let the thresholds of features that have been silent for long sink until they fire again.
+
+    Nothing falls into the window of a feature that never comes near its threshold, so no gradient
+    would ever bring it back.
+    """
+    fall = REVIVAL_RATE * (state.stale > plan.silence_steps)
+    state.sae.log_threshold.sub_(state.guard.keep(torch.zeros_like(fall), fall))
+
+
+def finish_step(state: TrainState, output: SAEOutput, config: RunConfig) -> None:
+    """What the host does after a step: count it, and refresh the bandwidth where it is due (M6)."""
+    state.step += 1
+    if state.step % BANDWIDTH_EVERY == 0 and not state.guard.stalled():
+        sample = output.encoded.pre_activations(BANDWIDTH_TOKENS)
+        state.sae.refresh_bandwidth(sample, config.constants.c_eps)
 
 
 def _forward(
-    state: TrainState, batch: Tensor, phase: Phase, config: RunConfig, plan: Schedule
-) -> tuple[Observation, Violations, Tensor]:
-    """What the batch shows, the constraint violations, and the augmented Lagrangian (M10)."""
+    state: TrainState,
+    batch: Tensor,
+    phase: Phase,
+    config: RunConfig,
+    plan: Schedule,
+    inputs: StepInputs,
+) -> tuple[Observation, Violations, Tensor, list[ParameterRows]]:
+    """What the batch shows, the constraint violations, and the augmented Lagrangian (M10).
+
+    Rows of the decoder that enter it by themselves come last.
+    """
     observed = phase.observe(state, batch)
-    violations = _violations(state, observed, config, plan)
+    violations, rows = _violations(state, observed, config, plan)
     objective = sparsity_objective(
         observed.output.l0,
         observed.output.subthreshold,
-        l0_ref=l0_reference(plan, config.L0_target, state.step),
-        lambda_disc=lambda_disc(plan, state.step, state.cooldown_start),
+        l0_ref=inputs.l0_ref,
+        lambda_disc=inputs.lambda_disc,
         d_model=state.sae.d_model,
     )
     control = state.controller
     loss = augmented_lagrangian(
         objective, violations.differentiable, control.law.multiplier, control.rho
     )
-    return observed, violations, loss
+    return observed, violations, loss, rows
 
 
 def first_non_finite(
@@ -109,13 +183,17 @@ def first_non_finite(
     """
     if batch.is_floating_point() and not batch.isfinite().all():
         return "activations"
-    observed, violations, loss = _forward(state, batch, phase, config, plan)
+    observed, violations, loss, rows = _forward(
+        state, batch, phase, config, plan, step_inputs(state, config, plan)
+    )
     output = observed.output
-    seen = {"pre-activations": output.pre, "codes": output.z, "reconstruction": output.x_hat}
+    seen = {"pre-activations": output.encoded.raw, "reconstruction": output.x_hat}
     seen |= {"kl": observed.kl} if observed.kl is not None else {}
     seen |= {"violations": violations.observed, "loss": loss}
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    for part in rows:
+        part.add_gradient()
     seen |= {
         f"gradient of {n}": p.grad for n, p in state.sae.named_parameters() if p.grad is not None
     }
@@ -126,40 +204,21 @@ def first_non_finite(
 
 def _violations(
     state: TrainState, observed: Observation, config: RunConfig, plan: Schedule
-) -> Violations:
+) -> tuple[Violations, list[ParameterRows]]:
     sae, constants = state.sae, config.constants
     faith = faithfulness_violation(observed.error, state.controller.log_tau)
-    anchored = sae.W_dec[: sae.n_anchored]
-    drift = drift_violation(anchored, sae.anchors, constants.delta_drift)
+    anchored = ParameterRows(sae.W_dec, slice(sae.n_anchored))
+    drift = drift_violation(anchored.values, sae.anchors, constants.delta_drift)
     if not config.method.orthogonality:
-        return Violations.of(faith, drift, torch.full_like(faith.detach(), -1.0))
+        idle = torch.full_like(faith.detach(), -1.0)
+        return Violations.of(faith, drift, idle), [anchored]
     # The batch is shuffled already, so its first tokens are a random subset.
-    subset = observed.output.z[: plan.ortho_tokens]
-    cosine = coactive_cosine_squared(subset, sae.W_dec, plan.ortho_features)
+    pre = observed.output.encoded.pre_activations(plan.ortho_tokens)
+    features, active = strongest_features(pre * (pre > sae.threshold), plan.ortho_features)
+    together = ParameterRows(sae.W_dec, features)
+    cosine = coactive_cosine_squared(together.values, active)
     ortho = orthogonality_violation(cosine, sae.d_model, constants.c_ortho)
-    return Violations.of(faith, drift, ortho)
-
-
-def _descend(state: TrainState, loss: Tensor, lr: float) -> Tensor:
-    """Adam on the Lagrangian with the free columns kept on the sphere; the gradient's norm."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    state.sae.project_gradient()
-    norm = clip_grad_norm_(state.sae.parameters(), GRADIENT_NORM)
-    state.guard.observe(loss, norm)
-    state.guard.update(state.optimizer)
-    state.sae.normalise_free_columns(unless=state.guard.found)
-    return norm
-
-
-def _after_descent(state: TrainState, observed: Observation, config: RunConfig) -> None:
-    output = observed.output
-    fired = (output.z.detach() > 0).any(dim=0)
-    state.stale = torch.where(fired, torch.zeros_like(state.stale), state.stale + 1)
-    if (state.step + 1) % BANDWIDTH_EVERY == 0 and not state.guard.stalled():
-        state.sae.refresh_bandwidth(output.pre.detach()[:BANDWIDTH_TOKENS], config.constants.c_eps)
+    return Violations.of(faith, drift, ortho), [anchored, together]
 
 
 def record_row(
@@ -186,9 +245,9 @@ def record_row(
         "step": state.step,
         "tokens": state.step * config.batch_size,
         "phase": state.phase,
-        "lr": record.lr,
+        "lr": float(record.lr),
         "l0": l0,
-        "l0_ref": record.l0_ref,
+        "l0_ref": float(record.l0_ref),
         "mse": mse,
         "explained_variance": 1 - mse / state.sae.d_model,
         "log_tau": log_tau,

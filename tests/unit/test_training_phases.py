@@ -116,7 +116,7 @@ def test_entry_to_phase_two_is_bumpless() -> None:
 
     tokens = list(islice(sequence_batches(config, store, state.step, 0), 16))
     with torch.no_grad():
-        errors = [observe_end_to_end(state, t, store, "euclidean").error.double() for t in tokens]
+        errors = [observe_end_to_end(state, t, store, config).error.double() for t in tokens]
         plain = [mean_squared_error(state.sae, store, t) for t in tokens]
     log_tau = state.controller.log_tau
     one, two = (faithfulness_violation(torch.stack(e).mean(), log_tau) for e in (plain, errors))
@@ -133,7 +133,7 @@ def test_exchange_rate_is_the_ratio_of_the_two_errors_at_entry(metric: str) -> N
     tokens = list(islice(sequence_batches(config, store, state.step, 0), 16))
     state.exchange_rate = torch.zeros_like(state.exchange_rate)
     with torch.no_grad():
-        observed = [observe_end_to_end(state, t, store, metric) for t in tokens]
+        observed = [observe_end_to_end(state, t, store, config) for t in tokens]
     kl = sum(float(o.kl) for o in observed if o.kl is not None) / 16
     error = sum(2 * float(o.error) for o in observed) / 16
     assert rate == pytest.approx(error / kl, rel=1e-4)
@@ -150,7 +150,7 @@ def test_i8_phase_two_gradients_reach_decoder_encoder_and_thresholds() -> None:
     sae = trained_like(store.harvest(0, 64), config.F)
     state = state_for(config, sae, 0.0)
     state.exchange_rate = torch.ones_like(state.exchange_rate)
-    observed = observe_end_to_end(state, store.sequences(0, 4), store, "euclidean")
+    observed = observe_end_to_end(state, store.sequences(0, 4), store, config)
     divergence = 2 * observed.error - sae_error(observed.output.residual)
     assert float(divergence.detach()) == pytest.approx(float(observed.kl), rel=1e-4)  # type: ignore[arg-type]
     divergence.backward()

@@ -1,0 +1,140 @@
+"""The problem every measurement is made on: activations with a planted dictionary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from spalf.config import RunConfig, schedule
+from spalf.controller import initial_state
+from spalf.sae import StratifiedSAE, initialise
+from spalf.training.loop import Hooks, run_phase
+from spalf.training.phase import Phase, phase_one
+from spalf.training.state import TrainState, make_optimizer
+from spalf.whitening import RunningCovariance, SoftZCA
+
+POOL_BATCHES = 16
+"""Different batches the steps go round."""
+
+PLANTED_ACTIVE = 48
+"""Planted directions in each activation."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a training step.
+
+    Attributes:
+        d_model: width of the activations.
+        F: dictionary size.
+        L0: active features per token.
+        batch: tokens per step.
+    """
+
+    d_model: int
+    F: int
+    L0: float
+    batch: int
+
+
+class Pool:
+    """A fixed set of batches on the device, served round and round.
+
+    Stands where an `ActivationStore` does, for a step that waits for no language model.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, seed: int = 0) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        planted = min(2 * shape.F, 2**17)
+        directions = torch.randn(planted, shape.d_model, generator=generator, device=device)
+        directions /= directions.norm(dim=1, keepdim=True)
+        tokens = POOL_BATCHES * shape.batch
+        # Frequencies spread over two orders of magnitude, as those of real features do.
+        uniform = torch.rand(tokens, PLANTED_ACTIVE, generator=generator, device=device)
+        chosen = (planted * uniform.square()).long().clamp_max(planted - 1)
+        weights = 1 + torch.rand(tokens, PLANTED_ACTIVE, generator=generator, device=device)
+        self.x = torch.empty(tokens, shape.d_model, device=device)
+        for rows in torch.arange(tokens, device=device).split(4096):
+            self.x[rows] = torch.nn.functional.embedding_bag(
+                chosen[rows], directions, mode="sum", per_sample_weights=weights[rows]
+            )
+        self.x += 0.05 * torch.randn(self.x.shape, generator=generator, device=device)
+        self.batch = shape.batch
+
+    def batches(self, batch_size: int, block_tokens: int, start_step: int = 0) -> Iterator[Tensor]:
+        """Batches ``[batch_size, d_model]`` from ``start_step`` on, for ever."""
+        while True:
+            first = start_step % POOL_BATCHES * self.batch
+            yield self.x[first : first + self.batch]
+            start_step += 1
+
+
+def config_for(shape: Shape, precision: str = "auto", kernel: str = "auto") -> RunConfig:
+    """The configuration of a long run at ``shape``."""
+    return RunConfig.model_validate(
+        {
+            "model_name": "planted",
+            "hook_point": "blocks.0.hook_resid_post",
+            "dataset": {"path": "planted"},
+            "output_dir": "unused",
+            "F": shape.F,
+            "L0_target": float(shape.L0),
+            "lr": 3e-4,
+            "total_tokens": 20_000 * shape.batch,
+            "batch_size": shape.batch,
+            "seq_len": 128,
+            "runtime": {"precision": precision, "kernel": kernel},
+        }
+    )
+
+
+def state_at_target(config: RunConfig, pool: Pool) -> tuple[TrainState, Phase]:
+    """A run past the ramp of its L0, with thresholds at which L0 is what it should be."""
+    device, plan = pool.x.device, schedule(config)
+    moments = RunningCovariance(pool.x.shape[1], device)
+    moments.update(pool.x)
+    found, constants = moments.moments(), config.constants
+    whitener = SoftZCA.fit(found, constants.kappa, constants.delta_rank)
+    scale = (found.variance / pool.x.shape[1]) ** 0.5
+    anchors = torch.zeros(0, pool.x.shape[1], device=device)
+    kernel = config.runtime.kernel
+    sae = StratifiedSAE(whitener, config.F, anchors, scale, config.method.surrogate, kernel)
+    precision = config.runtime.precision
+    sae.precision = "float32" if precision == "float32" or device.type == "cpu" else "bfloat16"
+    sample = pool.x[: min(len(pool.x), 4096)]
+    report = initialise(
+        sae, sample, l0_start=config.L0_target, c_eps=config.constants.c_eps,
+        encoder_init=config.method.encoder_init, seed=config.seed,
+    )  # fmt: skip
+    state = TrainState(
+        sae=sae,
+        optimizer=make_optimizer(sae, config.lr),
+        controller=initial_state([4.0, 0.0, 0.0], math.log(report.first_mse / 2), device),
+        step=plan.l0_ramp_steps + 1,
+        phase=1,
+        phase1_end=-1,
+        cooldown_start=plan.phase1_steps - plan.cooldown_steps,
+        ended_by="budget",
+        stale=torch.zeros(config.F, dtype=torch.int64, device=device),
+        exchange_rate=torch.full((), torch.nan, dtype=torch.float64, device=device),
+    )
+    return state, phase_one(config, pool, sae)  # type: ignore[arg-type]
+
+
+def train(state: TrainState, phase: Phase, config: RunConfig, steps: int) -> list[dict[str, float]]:
+    """Train ``steps`` steps with the real loop; the rows it logs."""
+    rows: list[dict[str, float]] = []
+    hooks = Hooks(
+        log=lambda row: rows.append(dict(row)),
+        checkpoint=lambda _: None,
+        checkpoint_due=lambda _: False,
+        should_stop=lambda: False,
+    )
+    run_phase(
+        state, replace(phase, last_step=state.step + steps, may_converge=False), config, hooks
+    )
+    return rows

@@ -1,0 +1,233 @@
+"""One forward pass of the SAE, dense or on lists of active entries (M4, M6, M7)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from spalf.kernels.dispatch import Choice, Implementation, choose, jumprelu
+from spalf.kernels.reference import Surrogate
+
+Precision = Literal["float32", "bfloat16"]
+"""Type of the operands of matrix products; sums, codes and parameters are float32."""
+
+SPARSE_DENSITY = 1 / 24
+"""Share of active entries up to which lists beat dense products."""
+
+ENTRIES_PER_ACTIVE = 4
+"""Listed entries for each active one that the lists have room for at first."""
+
+
+class Parameters(NamedTuple):
+    """The SAE's parameters as the kernels see them, float32.
+
+    Attributes:
+        W_enc: ``[d_sae, width]``.
+        b_enc: ``[d_sae]``.
+        threshold: θ, ``[d_sae]``.
+        W_dec: ``[d_sae, width]``.
+        b_dec: ``[width]``.
+        bandwidth: ε ≥ 0, ``[d_sae]``; no gradient.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    bandwidth: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a forward pass is to be computed.
+
+    Attributes:
+        surrogate: of the threshold gradient (M6).
+        precision: of the operands of matrix products.
+        implementation: of the kernels, see `spalf.kernels.choose`.
+        sub_rows: tokens, the first ones, whose sub-threshold mass is wanted.
+        capacity: entries the lists can take; ``None`` computes densely.
+    """
+
+    surrogate: Surrogate
+    precision: Precision
+    implementation: Implementation
+    sub_rows: int
+    capacity: int | None
+
+
+@dataclass(frozen=True)
+class Autoencoded:
+    """One forward pass over a batch.
+
+    Attributes:
+        x_hat: z·W_dec + b_dec, float32 ``[tokens, width]``.
+        l0: active features of each token, float32 ``[tokens]``.
+        subthreshold: Σ_j relu(pre_j)²·(1 − gate_j) of the first tokens, float32 ``[sub_rows]``.
+        fired: whether each feature was active at all, bool ``[d_sae]``.
+        overflow: whether lists were too short, so that the pass is void; bool scalar.
+        raw: pre-activations, detached, ``[tokens, d_sae]``; without their bias if it is given.
+        bias: what ``raw`` lacks, ``[d_sae]`` or ``None``.
+    """
+
+    x_hat: Tensor
+    l0: Tensor
+    subthreshold: Tensor
+    fired: Tensor
+    overflow: Tensor
+    raw: Tensor
+    bias: Tensor | None
+
+    def pre_activations(self, rows: int) -> Tensor:
+        """Pre-activations of the first tokens, float32 ``[rows, d_sae]``, detached."""
+        raw = self.raw[:rows].float()
+        return raw if self.bias is None else raw + self.bias
+
+
+def autoencode(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
+    """Encode and decode a batch; gradients reach ``x`` and the parameters.
+
+    Args:
+        x: input of the encoder, float32 ``[tokens, width]``.
+        parameters: see `Parameters`.
+        plan: see `Plan`; both ways compute the same up to rounding.
+    """
+    return _dense(x, parameters, plan) if plan.capacity is None else _sparse(x, parameters, plan)
+
+
+def choose_lists(
+    x: Tensor, d_sae: int, expected_l0: float, implementation: Implementation
+) -> Choice:
+    """Whether lists of entries serve a batch better than dense products, and why.
+
+    Args:
+        x: a batch, of which only the device matters.
+        d_sae: dictionary size.
+        expected_l0: active features per token to be expected.
+        implementation: what the caller asked for.
+
+    Returns:
+        ``triton`` for lists, ``reference`` for dense products.
+    """
+    kernels = choose(x, implementation)
+    if kernels.implementation == "reference":
+        return kernels
+    density = expected_l0 / d_sae
+    if density > SPARSE_DENSITY:
+        reason = (
+            f"{density:.1%} of the entries are active; from {SPARSE_DENSITY:.1%} on dense is faster"
+        )
+        return Choice("reference", reason)
+    return Choice("triton", f"{density:.2%} of the entries are active")
+
+
+def list_capacity(tokens: int, d_sae: int, expected_l0: float, margin: float = 1.0) -> int:
+    """Room for the entries of a batch: a power of two, at most all of them.
+
+    Args:
+        tokens: of the batch.
+        d_sae: dictionary size.
+        expected_l0: active features per token to be expected.
+        margin: grows where the lists have proved too short.
+    """
+    wanted = ENTRIES_PER_ACTIVE * margin * max(1.0, expected_l0) * tokens
+    return min(2 ** math.ceil(math.log2(max(wanted, 1024))), tokens * d_sae)
+
+
+def _dense(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
+    p, dtype = parameters, _dtype(plan.precision)
+    pre = functional.linear(x.to(dtype), p.W_enc.to(dtype), p.b_enc.to(dtype))
+    z, l0, sub = jumprelu(
+        pre, p.threshold, p.bandwidth, plan.surrogate, implementation=plan.implementation
+    )
+    if dtype == torch.float32:
+        x_hat = torch.addmm(p.b_dec, z, p.W_dec)
+    else:
+        x_hat = (z @ p.W_dec.to(dtype)).float() + p.b_dec
+    fired = (z.detach() > 0).any(dim=0)
+    overflow = torch.zeros((), dtype=torch.bool, device=x.device)
+    return Autoencoded(x_hat, l0, sub[: plan.sub_rows], fired, overflow, pre.detach(), None)
+
+
+def _sparse(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
+    x_hat, l0, sub, fired, overflow, raw = SparseAutoencode.apply(x, *parameters, plan)
+    return Autoencoded(x_hat, l0, sub, fired, overflow, raw, parameters.b_enc.detach())
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+class SparseAutoencode(torch.autograd.Function):
+    """`autoencode` on lists of entries: (x̂, l0, sub, fired, overflow, raw)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        threshold: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        bandwidth: Tensor,
+        plan: Plan,
+    ) -> tuple[Tensor, ...]:
+        """One dense product, two looks at its result, one walk over each token's entries."""
+        # Imported late: machines without a GPU need no triton, and importing it is slow.
+        from spalf.kernels import triton_sparse
+
+        dtype = _dtype(plan.precision)
+        inputs, encoder, decoder = x.to(dtype), W_enc.to(dtype), W_dec.to(dtype)
+        raw = inputs @ encoder.T
+        moreau = plan.surrogate == "moreau"
+        lower = threshold if moreau else threshold - 0.5 * bandwidth
+        assert plan.capacity is not None
+        found = triton_sparse.scan(raw, b_enc, threshold, lower, plan.sub_rows, plan.capacity)
+        lists = found.lists
+        x_hat = triton_sparse.decode(lists, lists.value, decoder, b_dec, threshold)
+        overflow = lists.overflow
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(found.fired, overflow, raw)
+        ctx.save_for_backward(inputs, encoder, decoder, threshold, bandwidth, b_enc, raw)
+        ctx.lists, ctx.plan = lists, plan
+        return x_hat, found.l0, found.subthreshold, found.fired, overflow, raw
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dx_hat: Tensor | None, dl0: Tensor | None, dsub: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        """All gradients in one walk over each feature's entries."""
+        from spalf.kernels import triton_sparse
+
+        inputs, encoder, decoder, threshold, bandwidth, b_enc, raw = ctx.saved_tensors
+        upstream = (None if dx_hat is None else dx_hat.to(inputs.dtype), dl0, dsub)
+        grads = triton_sparse.gradients(
+            ctx.lists, threshold, bandwidth, decoder, inputs, upstream,
+            moreau=ctx.plan.surrogate == "moreau",
+        )  # fmt: skip
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.zeros(inputs.shape, device=inputs.device)
+            if grads.entry is not None:
+                d_x = triton_sparse.decode(ctx.lists, grads.entry, encoder, d_x[0], threshold)
+        if dsub is not None:
+            rows = len(dsub)
+            value = raw[:rows].float() + b_enc
+            d_below = (value.relu() * (value <= threshold)).mul_(2 * dsub.unsqueeze(1))
+            grads.encoder.addmm_(d_below.T, inputs[:rows].float())
+            grads.bias.add_(d_below.sum(dim=0))
+            if d_x is not None:
+                d_x[:rows].addmm_(d_below, encoder.float())
+        d_b_dec = None if dx_hat is None else dx_hat.sum(dim=0)
+        return (
+            d_x, grads.encoder, grads.bias, grads.threshold, grads.decoder, d_b_dec, None, None
+        )  # fmt: skip

@@ -1,0 +1,574 @@
+"""The SAE step on lists of active entries, in Triton.
+
+Of the products of a training step only the encoder's has to be dense. Everything after it touches
+the entries (token, feature) whose gate is open or whose pre-activation lies in the surrogate's
+window, a fraction of a percent of all. One pass over the pre-activations counts them, a second one
+writes them down token by token; a stable sort gives the same list feature by feature. Decoding
+walks the first order, all gradients of the weights walk the second. Every sum has a fixed order,
+so results repeat bit for bit: there are no floating-point atomics.
+
+Nothing here waits for the host. The lists have a fixed capacity; what does not fit is left out,
+and `EntryLists.overflow` says so.
+
+Importing this module imports triton. With ``TRITON_INTERPRET=1`` set before that, the same kernels
+run on CPU tensors.
+"""
+
+# mypy: allow-untyped-decorators, disable-error-code=no-untyped-def
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COUNT_COLUMNS = 512
+"""Pre-activations a counting program looks at in one go."""
+
+FILL_WORDS, FILL_WARPS = 256, 1
+"""Words of 32 pre-activations from which a program writes entries at a time, and its warps."""
+
+DECODE_TILE = (8, 2048)
+"""Entries and columns a decoding program handles at a time."""
+
+DOT_TILE, DOT_WARPS = (8, 128), 1
+"""Entries and columns whose products a program adds up at a time, and its warps."""
+
+WEIGHT_TILE, WEIGHT_WARPS = (4, 512), 1
+"""Entries and columns of a weight gradient that a program handles at a time, and its warps."""
+
+SEGMENT = 256
+"""Entries of one feature after which another program takes over."""
+
+
+class EntryLists(NamedTuple):
+    """The entries of a batch, token by token and feature by feature; int32 unless said otherwise.
+
+    Attributes:
+        token_start: first entry of each token, ``[tokens + 1]``; its active ones come first.
+        active_end: where they end, ``[tokens]``.
+        feature: feature of each entry, in token order, ``[capacity]``.
+        token: token of each entry, ``[capacity]``.
+        value: pre-activation of each entry, float32 ``[capacity]``.
+        feature_start: places in ``order`` at which each feature's active entries begin, and at
+            which those of its window alone do, ``[2·d_sae + 1]``.
+        order: the entries in feature order, active ones first, int64 ``[capacity]``.
+        overflow: whether entries had to be left out, bool scalar.
+    """
+
+    token_start: Tensor
+    active_end: Tensor
+    feature: Tensor
+    token: Tensor
+    value: Tensor
+    feature_start: Tensor
+    order: Tensor
+    overflow: Tensor
+
+
+class Scanned(NamedTuple):
+    """What one look at the pre-activations yields besides the lists.
+
+    Attributes:
+        l0: active features of each token, float32 ``[tokens]``.
+        subthreshold: Σ_j relu(pre_j)²·(1 − gate_j) of the first tokens, float32 ``[sub_rows]``.
+        fired: whether each feature was active at all, bool ``[d_sae]``.
+        lists: the entries.
+    """
+
+    l0: Tensor
+    subthreshold: Tensor
+    fired: Tensor
+    lists: EntryLists
+
+
+@triton.jit
+def _count_kernel(
+    raw_ptr,
+    bias_ptr,
+    threshold_ptr,
+    lower_ptr,
+    l0_ptr,
+    listed_ptr,
+    sub_ptr,
+    fired_ptr,
+    mask_ptr,  # [2, tokens, words]: active entries, then those of the window alone
+    n_rows,
+    n_columns,
+    n_words,
+    sub_rows,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    WORDS: tl.constexpr = COLUMNS // 32
+    bits = (1 << tl.arange(0, 32))[None, :]
+    # Sums are kept apart by column until the end: a reduction in the loop would cost more than all
+    # the rest of it.
+    active = tl.zeros((COLUMNS,), dtype=tl.int32)
+    listed = tl.zeros((COLUMNS,), dtype=tl.int32)
+    sub = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for first in range(0, n_columns, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = columns < n_columns
+        value = tl.load(raw_ptr + row.to(tl.int64) * n_columns + columns, mask=inside, other=0.0)
+        value = value.to(tl.float32) + tl.load(bias_ptr + columns, mask=inside, other=0.0)
+        theta = tl.load(threshold_ptr + columns, mask=inside, other=0.0)
+        lower = tl.load(lower_ptr + columns, mask=inside, other=0.0)
+        gate = (value > theta) & inside
+        # A NaN is listed, so that it reaches the reconstruction instead of being gated away.
+        entry = ((value > lower) | (value != value)) & inside
+        active += gate.to(tl.int32)
+        listed += entry.to(tl.int32)
+        words = first // 32 + tl.arange(0, WORDS)
+        near = entry & (value <= theta)
+        at = row.to(tl.int64) * n_words + words
+        packed = tl.sum(tl.reshape((entry & (near == 0)).to(tl.int32), (WORDS, 32)) * bits, axis=1)
+        tl.store(mask_ptr + at, packed, mask=words < n_words)
+        packed = tl.sum(tl.reshape(near.to(tl.int32), (WORDS, 32)) * bits, axis=1)
+        tl.store(mask_ptr + n_rows * n_words + at, packed, mask=words < n_words)
+        # Programs may write the same place, but never different values.
+        tl.store(fired_ptr + columns, gate, mask=gate)
+        if row < sub_rows:
+            below = tl.where((value > 0.0) & (gate == 0) & inside, value, 0.0)
+            sub += below * below
+    tl.store(l0_ptr + row, tl.sum(active, axis=0).to(tl.float32))
+    tl.store(listed_ptr + row, tl.sum(listed, axis=0))
+    if row < sub_rows:
+        tl.store(sub_ptr + row, tl.sum(sub, axis=0))
+
+
+@triton.jit
+def _bit_count(word):
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _fill_kernel(
+    raw_ptr,
+    bias_ptr,
+    mask_ptr,
+    token_start_ptr,
+    active_end_ptr,
+    feature_ptr,
+    key_ptr,
+    token_ptr,
+    value_ptr,
+    capacity,
+    n_rows,
+    n_columns,
+    n_words,
+    WORDS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    start = tl.load(token_start_ptr + row)
+    for near in tl.static_range(2):
+        for first in range(0, n_words, WORDS):
+            words = first + tl.arange(0, WORDS)
+            at = (near * n_rows + row).to(tl.int64) * n_words + words
+            rest = tl.load(mask_ptr + at, mask=words < n_words, other=0).to(tl.uint32, bitcast=True)
+            count = _bit_count(rest)
+            place = start + tl.cumsum(count, axis=0) - count
+            start += tl.sum(count, axis=0)
+            # One entry of each word at a time, lowest bit first.
+            for _ in range(tl.max(count, axis=0)):
+                lowest = rest & (~rest + 1)
+                column = words * 32 + _bit_count(lowest - 1)
+                kept = (rest != 0) & (place < capacity)
+                value = tl.load(
+                    raw_ptr + row.to(tl.int64) * n_columns + column, mask=kept, other=0.0
+                ).to(tl.float32)
+                value += tl.load(bias_ptr + column, mask=kept, other=0.0)
+                tl.store(feature_ptr + place, column, mask=kept)
+                tl.store(key_ptr + place, 2 * column + near, mask=kept)
+                tl.store(token_ptr + place, row + tl.zeros_like(place), mask=kept)
+                tl.store(value_ptr + place, value, mask=kept)
+                rest = rest ^ lowest
+                place += 1
+        if near == 0:
+            tl.store(active_end_ptr + row, start)
+
+
+@triton.jit
+def _decode_kernel(
+    token_start_ptr,
+    active_end_ptr,
+    feature_ptr,
+    coefficient_ptr,
+    value_ptr,
+    threshold_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    capacity,
+    width,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column_inside = columns < width
+    begin = tl.minimum(tl.load(token_start_ptr + row), capacity)
+    end = tl.minimum(tl.load(active_end_ptr + row), capacity)
+    total = tl.load(bias_ptr + columns, mask=column_inside, other=0.0)
+    for first in range(begin, end, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        inside = entries < end
+        feature = tl.load(feature_ptr + entries, mask=inside, other=0)
+        coefficient = tl.load(coefficient_ptr + entries, mask=inside, other=0.0)
+        value = tl.load(value_ptr + entries, mask=inside, other=0.0)
+        theta = tl.load(threshold_ptr + feature, mask=inside, other=0.0)
+        # A product, not a choice: a NaN then goes on instead of being gated away.
+        coefficient *= (value > theta).to(tl.float32)
+        needed = (coefficient != 0.0)[:, None] & column_inside[None, :]
+        offsets = feature.to(tl.int64)[:, None] * width + columns[None, :]
+        weight = tl.load(weight_ptr + offsets, mask=needed, other=0.0).to(tl.float32)
+        total += tl.sum(coefficient[:, None] * weight, axis=0)
+    tl.store(out_ptr + row.to(tl.int64) * width + columns, total, mask=column_inside)
+
+
+@triton.jit
+def _entry_gradient_kernel(
+    total_ptr,
+    order_ptr,
+    token_ptr,
+    feature_ptr,
+    weight_ptr,  # W_dec [d_sae, width]
+    gradient_ptr,  # of the reconstruction, [tokens, width]
+    out_ptr,  # in token order
+    capacity,
+    width,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    total = tl.minimum(tl.load(total_ptr), capacity)
+    first = tl.program_id(0) * ENTRIES
+    if first < total:
+        # In feature order: neighbours share a row of the decoder, and the gradients of all tokens
+        # fit in the cache.
+        places = first + tl.arange(0, ENTRIES)
+        inside = places < total
+        entry = tl.load(order_ptr + places, mask=inside, other=0)
+        token = tl.load(token_ptr + entry, mask=inside, other=0).to(tl.int64)
+        feature = tl.load(feature_ptr + entry, mask=inside, other=0).to(tl.int64)
+        dot = tl.zeros((ENTRIES, COLUMNS), dtype=tl.float32)
+        for column in range(0, width, COLUMNS):
+            columns = column + tl.arange(0, COLUMNS)
+            used = inside[:, None] & (columns < width)[None, :]
+            weight = tl.load(
+                weight_ptr + feature[:, None] * width + columns[None, :], mask=used, other=0.0
+            )
+            upstream = tl.load(
+                gradient_ptr + token[:, None] * width + columns[None, :], mask=used, other=0.0
+            )
+            dot += weight.to(tl.float32) * upstream.to(tl.float32)
+        tl.store(out_ptr + entry, tl.sum(dot, axis=1), mask=inside)
+
+
+@triton.jit
+def _threshold_kernel(
+    feature_start_ptr,  # [2·d_sae + 1]: active entries of each feature, then the others
+    order_ptr,
+    token_ptr,
+    value_ptr,
+    dz_ptr,
+    threshold_ptr,
+    bandwidth_ptr,
+    dl0_ptr,
+    dsub_ptr,
+    d_bias_ptr,
+    d_threshold_ptr,
+    sub_rows,
+    HAS_DX: tl.constexpr,
+    HAS_DL0: tl.constexpr,
+    HAS_DSUB: tl.constexpr,
+    MOREAU: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    feature = tl.program_id(0)
+    begin = tl.load(feature_start_ptr + 2 * feature)
+    end = tl.load(feature_start_ptr + 2 * feature + 2)
+    theta = tl.load(threshold_ptr + feature)
+    epsilon = tl.load(bandwidth_ptr + feature)
+    d_bias = tl.zeros((ENTRIES,), dtype=tl.float32)
+    d_gate = tl.zeros((ENTRIES,), dtype=tl.float32)
+    for first in range(begin, end, ENTRIES):
+        places = first + tl.arange(0, ENTRIES)
+        inside = places < end
+        entry = tl.load(order_ptr + places, mask=inside, other=0)
+        token = tl.load(token_ptr + entry, mask=inside, other=0)
+        value = tl.load(value_ptr + entry, mask=inside, other=0.0)
+        gate = ((value > theta) & inside).to(tl.float32)
+        u = value - theta
+        if MOREAU:
+            window = u * gate * (u < epsilon).to(tl.float32)
+        else:
+            window = ((tl.abs(u) < 0.5 * epsilon) & inside).to(tl.float32)
+        slope = tl.zeros((ENTRIES,), dtype=tl.float32)
+        if HAS_DX:
+            dz = tl.load(dz_ptr + entry, mask=inside, other=0.0)
+            slope += dz * theta
+            d_bias += dz * gate
+        if HAS_DL0:
+            slope += tl.load(dl0_ptr + token, mask=inside, other=0.0)
+        if HAS_DSUB:
+            dsub = tl.load(dsub_ptr + token, mask=inside & (token < sub_rows), other=0.0)
+            slope -= dsub * theta * theta
+        d_gate += tl.where(inside, slope * window, 0.0)
+    # The factor of the window: 1/ε, or 1/γ = 2/ε². An empty window (ε = 0) has no weight.
+    safe = tl.where(epsilon > 0.0, epsilon, 1.0)
+    if MOREAU:
+        safe = 0.5 * safe * safe
+    d_threshold = tl.where(epsilon > 0.0, -tl.div_rn(tl.sum(d_gate, axis=0), safe), 0.0)
+    tl.store(d_threshold_ptr + feature, d_threshold)
+    tl.store(d_bias_ptr + feature, tl.sum(d_bias, axis=0))
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    item_feature_ptr,
+    item_start_ptr,
+    feature_start_ptr,
+    order_ptr,
+    token_ptr,
+    value_ptr,
+    dz_ptr,
+    gradient_ptr,  # of the reconstruction, [tokens, width]
+    input_ptr,  # of the encoder, [tokens, width]
+    d_encoder_ptr,
+    d_decoder_ptr,
+    rest_ptr,  # [extra segments, 2, width]
+    n_features,
+    width,
+    SEGMENT_ENTRIES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    item = tl.program_id(0)
+    feature = tl.load(item_feature_ptr + item)
+    if feature < n_features:
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        column_inside = columns < width
+        segment = item - tl.load(item_start_ptr + feature)
+        begin = tl.load(feature_start_ptr + 2 * feature) + segment * SEGMENT_ENTRIES
+        # Only active entries: those of the window alone come after them.
+        end = tl.minimum(begin + SEGMENT_ENTRIES, tl.load(feature_start_ptr + 2 * feature + 1))
+        d_decoder = tl.zeros((COLUMNS,), dtype=tl.float32)
+        d_encoder = tl.zeros((COLUMNS,), dtype=tl.float32)
+        for first in range(begin, end, ENTRIES):
+            places = first + tl.arange(0, ENTRIES)
+            inside = places < end
+            entry = tl.load(order_ptr + places, mask=inside, other=0)
+            token = tl.load(token_ptr + entry, mask=inside, other=0).to(tl.int64)
+            code = tl.load(value_ptr + entry, mask=inside, other=0.0)
+            dz = tl.load(dz_ptr + entry, mask=inside, other=0.0)
+            at = token[:, None] * width + columns[None, :]
+            used = inside[:, None] & column_inside[None, :]
+            upstream = tl.load(gradient_ptr + at, mask=used, other=0.0).to(tl.float32)
+            seen = tl.load(input_ptr + at, mask=used, other=0.0).to(tl.float32)
+            d_decoder += tl.sum(code[:, None] * upstream, axis=0)
+            d_encoder += tl.sum(dz[:, None] * seen, axis=0)
+        if segment == 0:
+            row = feature.to(tl.int64) * width + columns
+            tl.store(d_decoder_ptr + row, d_decoder, mask=column_inside)
+            tl.store(d_encoder_ptr + row, d_encoder, mask=column_inside)
+        else:
+            # Each feature before this one has one segment that is not extra.
+            rest = rest_ptr + (item - feature - 1).to(tl.int64) * 2 * width + columns
+            tl.store(rest, d_decoder, mask=column_inside)
+            tl.store(rest + width, d_encoder, mask=column_inside)
+
+
+@triton.jit
+def _combine_kernel(
+    item_start_ptr,
+    rest_ptr,
+    d_encoder_ptr,
+    d_decoder_ptr,
+    width,
+    COLUMNS: tl.constexpr,
+):
+    feature = tl.program_id(0)
+    first = tl.load(item_start_ptr + feature)
+    last = tl.load(item_start_ptr + feature + 1)
+    if last - first > 1:
+        columns = tl.arange(0, COLUMNS)
+        inside = columns < width
+        row = feature.to(tl.int64) * width + columns
+        d_decoder = tl.load(d_decoder_ptr + row, mask=inside, other=0.0)
+        d_encoder = tl.load(d_encoder_ptr + row, mask=inside, other=0.0)
+        for item in range(first + 1, last):
+            rest = rest_ptr + (item - feature - 1).to(tl.int64) * 2 * width + columns
+            d_decoder += tl.load(rest, mask=inside, other=0.0)
+            d_encoder += tl.load(rest + width, mask=inside, other=0.0)
+        tl.store(d_decoder_ptr + row, d_decoder, mask=inside)
+        tl.store(d_encoder_ptr + row, d_encoder, mask=inside)
+
+
+def scan(
+    raw: Tensor, bias: Tensor, threshold: Tensor, lower: Tensor, sub_rows: int, capacity: int
+) -> Scanned:
+    """List the entries of a batch whose pre-activation lies above ``lower``.
+
+    Args:
+        raw: pre-activations without their bias, contiguous ``[tokens, d_sae]``.
+        bias: added to them in float32, ``[d_sae]``.
+        threshold: θ, float32 ``[d_sae]``.
+        lower: bound of the entries listed, at most θ, float32 ``[d_sae]``.
+        sub_rows: tokens whose sub-threshold mass is wanted, the first ones.
+        capacity: most entries the lists can take.
+    """
+    n_rows, n_columns = raw.shape
+    device = raw.device
+    l0 = torch.empty(n_rows, device=device)
+    listed = torch.empty(n_rows, dtype=torch.int32, device=device)
+    sub = torch.empty(sub_rows, device=device)
+    fired = torch.zeros(n_columns, dtype=torch.bool, device=device)
+    n_words = triton.cdiv(n_columns, 32)
+    mask = torch.empty(2, n_rows, n_words, dtype=torch.int32, device=device)
+    _count_kernel[(n_rows,)](
+        raw, bias, threshold, lower, l0, listed, sub, fired, mask, n_rows, n_columns, n_words,
+        sub_rows,
+        COLUMNS=COUNT_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    token_start = torch.zeros(n_rows + 1, dtype=torch.int32, device=device)
+    torch.cumsum(listed, dim=0, dtype=torch.int32, out=token_start[1:])
+    active_end = torch.empty(n_rows, dtype=torch.int32, device=device)
+    key = torch.full((capacity,), 2 * n_columns, dtype=torch.int32, device=device)
+    feature, token = torch.empty(2, capacity, dtype=torch.int32, device=device)
+    value = torch.empty(capacity, device=device)
+    _fill_kernel[(n_rows,)](
+        raw, bias, mask, token_start, active_end, feature, key, token, value,
+        capacity, n_rows, n_columns, n_words, WORDS=FILL_WORDS, num_warps=FILL_WARPS,
+    )  # fmt: skip
+    by_feature = torch.sort(key, stable=True)
+    bounds = torch.arange(2 * n_columns + 1, dtype=torch.int32, device=device)
+    feature_start = torch.searchsorted(by_feature.values, bounds, out_int32=True)
+    lists = EntryLists(
+        token_start, active_end, feature, token, value, feature_start, by_feature.indices,
+        token_start[-1] > capacity,
+    )  # fmt: skip
+    return Scanned(l0, sub, fired, lists)
+
+
+def decode(
+    lists: EntryLists, coefficient: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor
+) -> Tensor:
+    """Σ over each token's active entries of coefficient·weight row, plus ``bias``; float32.
+
+    Args:
+        lists: the entries.
+        coefficient: one number per entry, float32 ``[capacity]``.
+        weight: contiguous ``[d_sae, width]``.
+        bias: float32 ``[width]``.
+        threshold: θ, float32 ``[d_sae]``; entries not above it do not count.
+
+    Returns:
+        ``[tokens, width]``.
+    """
+    n_rows, width = lists.token_start.numel() - 1, weight.shape[1]
+    out = torch.empty(n_rows, width, device=weight.device)
+    entries, columns = DECODE_TILE
+    columns = min(columns, triton.next_power_of_2(width))
+    _decode_kernel[(n_rows, triton.cdiv(width, columns))](
+        lists.token_start, lists.active_end, lists.feature, coefficient, lists.value, threshold,
+        weight, bias, out, lists.feature.numel(), width, ENTRIES=entries, COLUMNS=columns,
+        num_warps=min(4, max(1, columns // 256)),
+    )  # fmt: skip
+    return out
+
+
+class Gradients(NamedTuple):
+    """Gradients of the parameters, float32, and of the listed pre-activations.
+
+    Attributes:
+        encoder: ``[d_sae, width]``; likewise ``decoder``.
+        decoder: of the decoder.
+        bias: of the encoder's bias, ``[d_sae]``.
+        threshold: ``[d_sae]``.
+        entry: of each entry's code, ``[capacity]``; ``None`` if the reconstruction had none.
+    """
+
+    encoder: Tensor
+    decoder: Tensor
+    bias: Tensor
+    threshold: Tensor
+    entry: Tensor | None
+
+
+def gradients(
+    lists: EntryLists,
+    threshold: Tensor,
+    bandwidth: Tensor,
+    decoder: Tensor,
+    inputs: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    moreau: bool,
+) -> Gradients:
+    """All gradients that pass through listed entries, in one walk over each feature's.
+
+    Args:
+        lists: the entries.
+        threshold: θ, float32 ``[d_sae]``.
+        bandwidth: ε, float32 ``[d_sae]``.
+        decoder: contiguous ``[d_sae, width]``.
+        inputs: of the encoder, contiguous ``[tokens, width]``.
+        upstream: gradients of the reconstruction ``[tokens, width]``, of l0 ``[tokens]`` and of
+            the sub-threshold mass ``[sub_rows]``; ``None`` where an output was not used.
+        moreau: the surrogate.
+    """
+    d_sae, width = decoder.shape
+    device, capacity = decoder.device, lists.feature.numel()
+    dx, dl0, dsub = (None if grad is None else grad.contiguous() for grad in upstream)
+    d_entry = torch.empty(capacity, device=device)
+    # The kernels never follow an absent tensor's pointer; `threshold` only stands in for it.
+    if dx is not None:
+        _entry_gradient_kernel[(triton.cdiv(capacity, DOT_TILE[0]),)](
+            lists.token_start[-1:], lists.order, lists.token, lists.feature, decoder, dx, d_entry,
+            capacity, width, ENTRIES=DOT_TILE[0], COLUMNS=DOT_TILE[1], num_warps=DOT_WARPS,
+        )  # fmt: skip
+    d_bias, d_threshold = torch.empty(2, d_sae, device=device)
+    _threshold_kernel[(d_sae,)](
+        lists.feature_start, lists.order, lists.token, lists.value, d_entry, threshold, bandwidth,
+        threshold if dl0 is None else dl0, threshold if dsub is None else dsub,
+        d_bias, d_threshold, 0 if dsub is None else dsub.numel(),
+        HAS_DX=dx is not None, HAS_DL0=dl0 is not None, HAS_DSUB=dsub is not None, MOREAU=moreau,
+        ENTRIES=32, num_warps=1,
+    )  # fmt: skip
+    if dx is None:
+        nothing = torch.zeros(d_sae, width, device=device)
+        return Gradients(nothing, nothing.clone(), d_bias, d_threshold, None)
+    d_encoder, d_decoder = _weight_gradients(lists, d_entry, dx, inputs, d_sae)
+    return Gradients(d_encoder, d_decoder, d_bias, d_threshold, d_entry)
+
+
+def _weight_gradients(
+    lists: EntryLists, d_entry: Tensor, dx: Tensor, inputs: Tensor, d_sae: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of encoder and decoder, float32 ``[d_sae, width]`` each."""
+    device, width = dx.device, dx.shape[1]
+    counts = lists.feature_start.diff()[::2]
+    segments = (counts + SEGMENT - 1).div(SEGMENT, rounding_mode="floor").clamp_min(1)
+    item_start = torch.zeros(d_sae + 1, dtype=torch.int32, device=device)
+    torch.cumsum(segments, dim=0, dtype=torch.int32, out=item_start[1:])
+    n_extra = lists.feature.numel() // SEGMENT
+    items = torch.arange(d_sae + n_extra, dtype=torch.int32, device=device)
+    item_feature = torch.searchsorted(item_start[1:], items, right=True, out_int32=True)
+    d_encoder, d_decoder = (torch.empty(d_sae, width, device=device) for _ in range(2))
+    rest = torch.empty(max(1, n_extra), 2, width, device=device)
+    columns = min(WEIGHT_TILE[1], triton.next_power_of_2(width))
+    blocks = triton.cdiv(width, columns)
+    _weight_gradient_kernel[(items.numel(), blocks)](
+        item_feature, item_start, lists.feature_start, lists.order, lists.token, lists.value,
+        d_entry, dx, inputs, d_encoder, d_decoder, rest, d_sae, width,
+        SEGMENT_ENTRIES=SEGMENT, ENTRIES=WEIGHT_TILE[0], COLUMNS=columns, num_warps=WEIGHT_WARPS,
+    )  # fmt: skip
+    _combine_kernel[(d_sae,)](
+        item_start, rest, d_encoder, d_decoder, width, COLUMNS=triton.next_power_of_2(width)
+    )
+    return d_encoder, d_decoder

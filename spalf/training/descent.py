@@ -1,0 +1,103 @@
+"""From the Lagrangian to the next weights: projection, clipping, Adam, the sphere (M4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from spalf.kernels import choose
+from spalf.sae import ParameterRows
+from spalf.training.state import TrainState
+
+GRADIENT_NORM = 1.0
+"""Global norm to which the gradient is clipped."""
+
+
+def descend(
+    state: TrainState,
+    loss: Tensor,
+    rows: Iterable[ParameterRows],
+    overflow: Tensor | None,
+    lr: float | Tensor,
+) -> Tensor:
+    """One step of Adam on the Lagrangian with the free columns kept on the unit sphere, in place.
+
+    A step whose loss or gradient is not finite, or whose forward pass was void, changes nothing.
+
+    Args:
+        state: before the update.
+        loss: the augmented Lagrangian.
+        rows: parts of parameters that are leaves of their own.
+        overflow: whether the forward pass was void for want of room.
+        lr: learning rate of this step.
+
+    Returns:
+        Global norm of the projected gradient, before clipping.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for part in rows:
+        part.add_gradient()
+    kernels = choose(state.sae.W_dec, state.sae.kernel)
+    step = _fused if kernels.implementation == "triton" else _plain
+    return step(state, loss, overflow, lr)
+
+
+def _plain(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float | Tensor) -> Tensor:
+    for group in state.optimizer.param_groups:
+        group["lr"] = float(lr)
+    state.sae.project_gradient()
+    norm = clip_grad_norm_(state.sae.parameters(), GRADIENT_NORM)
+    state.guard.observe(loss, norm, overflow)
+    state.guard.update(state.optimizer)
+    state.sae.normalise_free_columns(unless=state.guard.found)
+    return norm
+
+
+@torch.no_grad()
+def _fused(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float | Tensor) -> Tensor:
+    """The same in one pass over memory for the norm and one for everything else."""
+    # Imported late: machines without a GPU need no triton, and importing it is slow.
+    from spalf.kernels.triton_adam import AdamScalars, adam, square_norms
+
+    sae, slots = state.sae, _slots(state.optimizer)
+    parameters = [p for p in sae.parameters() if p.grad is not None]
+    spheres = {sae.W_dec: sae.n_anchored}
+    squares = [square_norms(_grad(p), p, spheres.get(p)) for p in parameters]
+    norm = torch.cat(squares).sum().sqrt()
+    state.guard.observe(loss, norm, overflow)
+    frozen = state.guard.found
+    for p in parameters:
+        slots[p]["step"].add_(1 - frozen)
+    group = state.optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
+    steps = slots[parameters[0]]["step"].double()
+    scalars = AdamScalars(
+        rate=(lr / (1 - beta1**steps)).float(),
+        root=(1 - beta2**steps).rsqrt().float(),
+        clip=(GRADIENT_NORM / (norm + 1e-6)).clamp_max(1.0),
+        frozen=frozen,
+    )
+    for p in parameters:
+        moments = slots[p]["exp_avg"], slots[p]["exp_avg_sq"]
+        adam(_grad(p), p, moments, scalars, (beta1, beta2), group["eps"], spheres.get(p))
+    return norm
+
+
+def _slots(optimizer: torch.optim.Adam) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """The optimiser's state, made as Adam itself makes it at its first step."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        slot = optimizer.state[parameter]
+        if not slot:
+            slot["step"] = torch.zeros((), device=parameter.device)
+            slot["exp_avg"] = torch.zeros_like(parameter)
+            slot["exp_avg_sq"] = torch.zeros_like(parameter)
+    return {p: optimizer.state[p] for p in optimizer.param_groups[0]["params"]}
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.contiguous()

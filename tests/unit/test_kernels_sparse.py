@@ -1,0 +1,291 @@
+"""The SAE on lists of active entries, and the fused Adam, against formulas in float64 (M4, M6, M7).
+
+On a GPU the kernels run there; elsewhere in Triton's interpreter, at sizes it can manage. Where
+another module imported triton without the interpreter, the cases are skipped here and
+`test_the_cases_in_a_fresh_process` runs them in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spalf.kernels import Parameters, Plan, autoencode, choose_lists, list_capacity
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+tl = pytest.importorskip("triton.language")
+ON_GPU = torch.cuda.is_available()
+RUNS = ON_GPU or type(tl.sum).__name__ == "InterpretedFunction"
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+pytestmark = pytest.mark.gpu if ON_GPU else []
+needs_kernel = pytest.mark.skipif(
+    not RUNS, reason="triton was imported before its interpreter was switched on"
+)
+NAMES = ("x", "W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+SIZES = [(9, 70, 24), (1, 130, 8), (5, 64, 33), (270, 3, 8)]
+if ON_GPU:
+    SIZES += [(4096, 8192, 256), (1000, 4099, 130), (1, 65_537, 64)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers() -> Iterator[None]:
+    """Every buffer that `torch.empty` hands out starts as NaN, so an unwritten element shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+class Case:
+    """Inputs on a coarse grid, so that products are exact and ties at the threshold do occur."""
+
+    def __init__(self, size: tuple[int, int, int], regime: str = "mixed", seed: int = 0) -> None:
+        tokens, d_sae, width = size
+        generator = torch.Generator().manual_seed(seed)
+
+        def grid(*shape: int, low: int, high: int, step: float) -> Tensor:
+            drawn = torch.randint(low, high, shape, generator=generator) * step
+            return drawn.to(DEVICE)
+
+        self.tensors = {
+            "x": grid(tokens, width, low=-4, high=5, step=0.25),
+            "W_enc": grid(d_sae, width, low=-2, high=3, step=0.25),
+            "b_enc": grid(d_sae, low=-2, high=3, step=0.25),
+            "threshold": grid(d_sae, low=1, high=13, step=0.25),
+            "W_dec": grid(d_sae, width, low=-2, high=3, step=0.25),
+            "b_dec": grid(width, low=-2, high=3, step=0.25),
+        }
+        self.bandwidth = grid(d_sae, low=0, high=9, step=0.5)
+        shift = {"all dead": 1000.0, "all active": -1000.0}.get(regime, 0.0)
+        self.tensors["b_enc"] -= shift
+        self.sub_rows = min(tokens, 16)
+        self.back = (
+            torch.randn(tokens, width, generator=generator).to(DEVICE),
+            torch.randn(tokens, generator=generator).to(DEVICE),
+            torch.randn(self.sub_rows, generator=generator).to(DEVICE),
+        )
+
+    def run(
+        self, capacity: int | None, surrogate: str = "rectangle", precision: str = "float32"
+    ) -> tuple[list[Tensor], dict[str, Tensor], object]:
+        leaves = {n: t.clone().requires_grad_() for n, t in self.tensors.items()}
+        parameters = Parameters(*(leaves[n] for n in NAMES[1:]), self.bandwidth)
+        kernel = "reference" if capacity is None else "triton"
+        plan = Plan(surrogate, precision, kernel, self.sub_rows, capacity)  # type: ignore[arg-type]
+        out = autoencode(leaves["x"], parameters, plan)
+        outputs = [out.x_hat, out.l0, out.subthreshold]
+        torch.autograd.backward(outputs, self.back)
+        return outputs, {n: t.grad for n, t in leaves.items() if t.grad is not None}, out
+
+    def exact(self, surrogate: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Outputs and gradients by the formulas, in float64."""
+        t = {n: v.double() for n, v in self.tensors.items()}
+        theta, eps = t["threshold"], self.bandwidth.double()
+        pre = t["x"] @ t["W_enc"].T + t["b_enc"]
+        gate = (pre > theta).double()
+        z, below = pre * gate, pre.relu() * (1 - gate)
+        below[self.sub_rows :] = 0
+        outputs = [z @ t["W_dec"] + t["b_dec"], gate.sum(1), below.square().sum(1)[: self.sub_rows]]
+        dx, dl0, dsub = (g.double() for g in self.back)
+        dsub = torch.cat([dsub, dsub.new_zeros(len(pre) - self.sub_rows)])
+        dz = dx @ t["W_dec"].T
+        d_pre = dz * gate + 2 * dsub[:, None] * below
+        u = pre - theta
+        if surrogate == "rectangle":
+            window = (u.abs() < eps / 2) / eps
+        else:
+            window = u * ((u > 0) & (u < eps)) * 2 / eps.square()
+        window = window.nan_to_num(0.0)
+        d_gate = dz * theta + dl0[:, None] - dsub[:, None] * theta.square()
+        gradients = {
+            "x": d_pre @ t["W_enc"],
+            "W_enc": d_pre.T @ t["x"],
+            "b_enc": d_pre.sum(0),
+            "threshold": -(d_gate * window).sum(0),
+            "W_dec": z.T @ dx,
+            "b_dec": dx.sum(0),
+        }
+        return outputs, gradients
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Largest error, as a share of the largest exact value."""
+    if exact.numel() == 0:
+        return 0.0
+    return float((found.detach().double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+
+
+@needs_kernel
+@pytest.mark.parametrize("surrogate", ["rectangle", "moreau"])
+@pytest.mark.parametrize("regime", ["mixed", "all dead", "all active"])
+@pytest.mark.parametrize("size", SIZES)
+def test_lists_give_what_the_formulas_give(
+    size: tuple[int, int, int], regime: str, surrogate: str
+) -> None:
+    if regime == "all active" and size[0] * size[1] > 2**20:
+        pytest.skip("lists of everything at this size are what the dense path is for")
+    case = Case(size, regime)
+    outputs, gradients, _ = case.run(size[0] * size[1], surrogate)
+    dense_outputs, dense_gradients, _ = case.run(None, surrogate)
+    exact_outputs, exact_gradients = case.exact(surrogate)
+    for found, dense, exact in zip(outputs, dense_outputs, exact_outputs, strict=True):
+        assert error(found, exact) <= 2 * error(dense, exact) + 2e-6
+    assert set(gradients) == set(NAMES)
+    for name in NAMES:
+        native = error(dense_gradients[name], exact_gradients[name])
+        assert error(gradients[name], exact_gradients[name]) <= 2 * native + 2e-6, name
+
+
+@needs_kernel
+def test_grid_has_ties_and_a_tie_is_inactive() -> None:
+    case = Case((9, 70, 24))
+    pre = case.tensors["x"] @ case.tensors["W_enc"].T + case.tensors["b_enc"]
+    ties = pre == case.tensors["threshold"]
+    assert ties.any()
+    outputs, _, _ = case.run(2**11)
+    assert torch.equal(outputs[1], (pre > case.tensors["threshold"]).float().sum(1))
+
+
+@needs_kernel
+def test_a_second_pass_repeats_the_first_bit_for_bit() -> None:
+    case = Case(SIZES[-1] if ON_GPU else (9, 70, 24))
+    first, second = (case.run(2**20 if ON_GPU else 2**10) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert all(torch.equal(first[1][n], second[1][n]) for n in NAMES)
+
+
+@needs_kernel
+def test_capacity_changes_nothing_unless_it_is_too_small() -> None:
+    case = Case((9, 70, 24))
+    roomy, ample, short = (case.run(capacity) for capacity in (2**10, 2**11, 64))
+    assert not roomy[2].overflow and not ample[2].overflow  # type: ignore[attr-defined]
+    assert short[2].overflow  # type: ignore[attr-defined]
+    for name in NAMES:
+        assert torch.equal(roomy[1][name], ample[1][name]), name
+
+
+@needs_kernel
+def test_features_with_many_entries_are_summed_in_parts() -> None:
+    """600 tokens on a feature that is always active: three segments."""
+    case = Case((600, 3, 8), "all active")
+    _, gradients, _ = case.run(2**11)
+    _, exact = case.exact("rectangle")
+    assert error(gradients["W_dec"], exact["W_dec"]) < 2e-6
+    assert error(gradients["W_enc"], exact["W_enc"]) < 2e-6
+
+
+@needs_kernel
+def test_bfloat16_operands_cost_bfloat16_rounding_only() -> None:
+    case = Case((9, 70, 24))
+    outputs, gradients, _ = case.run(2**11, precision="bfloat16")
+    _, dense, _ = case.run(None, precision="bfloat16")
+    exact_outputs, exact = case.exact("rectangle")
+    assert error(outputs[0], exact_outputs[0]) < 2e-2
+    for name in NAMES:
+        assert error(gradients[name], exact[name]) <= 2 * error(dense[name], exact[name]) + 1e-2
+
+
+@needs_kernel
+def test_a_nan_is_not_gated_away() -> None:
+    case = Case((5, 64, 33))
+    case.tensors["x"][2, 0] = float("nan")
+    outputs, _, _ = case.run(2**12)
+    assert outputs[0][2].isnan().all()
+    assert not outputs[0][[0, 1, 3, 4]].isnan().any()
+
+
+@needs_kernel
+def test_outputs_that_nobody_uses_cost_nothing_going_back() -> None:
+    case = Case((5, 64, 33))
+    leaves = {n: t.clone().requires_grad_() for n, t in case.tensors.items()}
+    parameters = Parameters(*(leaves[n] for n in NAMES[1:]), case.bandwidth)
+    plan = Plan("rectangle", "float32", "triton", 5, 2**12)
+    autoencode(leaves["x"], parameters, plan).l0.sum().backward()
+    pre = case.tensors["x"] @ case.tensors["W_enc"].T + case.tensors["b_enc"]
+    near = ((pre - case.tensors["threshold"]).abs() < case.bandwidth / 2).float().sum(0)
+    expected = torch.where(case.bandwidth > 0, -near / case.bandwidth, 0.0)
+    torch.testing.assert_close(leaves["threshold"].grad, expected)
+    assert leaves["W_enc"].grad is None or not leaves["W_enc"].grad.any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("sphere_from", [None, 3])
+def test_fused_adam_is_adam_between_projection_and_normalisation(sphere_from: int | None) -> None:
+    from spalf.kernels.triton_adam import AdamScalars, adam, square_norms
+
+    generator = torch.Generator().manual_seed(0)
+    start = nn.functional.normalize(torch.randn(11, 37, generator=generator), dim=1).to(DEVICE)
+    plain = nn.Parameter(start.double())
+    optimizer = torch.optim.Adam([plain], lr=3e-3, betas=(0.9, 0.999))
+    weight, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    rows = slice(11 if sphere_from is None else sphere_from, None)
+    for step in range(1, 6):
+        grad = torch.randn(11, 37, generator=generator).to(DEVICE)
+        wide = grad.double()
+        free = plain.detach()[rows]
+        wide[rows] -= (wide[rows] * free).sum(1, keepdim=True) * free
+        norms = square_norms(grad, weight, sphere_from)
+        torch.testing.assert_close(norms, wide.square().sum(1).float(), rtol=1e-5, atol=1e-5)
+        plain.grad = 0.5 * wide
+        optimizer.step()
+        with torch.no_grad():
+            plain[rows] = nn.functional.normalize(plain[rows], dim=1)
+        numbers = (3e-3 / (1 - 0.9**step), (1 - 0.999**step) ** -0.5, 0.5, 0.0)
+        scalars = AdamScalars(*(torch.tensor(v, device=DEVICE) for v in numbers))
+        adam(grad, weight, (mean, square), scalars, (0.9, 0.999), 1e-8, sphere_from)
+        torch.testing.assert_close(weight.double(), plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernel
+def test_fused_adam_steps_vectors_and_leaves_everything_where_it_is_frozen() -> None:
+    from spalf.kernels.triton_adam import AdamScalars, adam
+
+    weight = torch.arange(2500.0, device=DEVICE)
+    grad = torch.ones_like(weight)
+    moments = torch.zeros_like(weight), torch.zeros_like(weight)
+    one = torch.ones((), device=DEVICE)
+    adam(grad, weight, moments, AdamScalars(one, one, one, one), (0.9, 0.999), 1e-8)
+    assert torch.equal(weight, torch.arange(2500.0, device=DEVICE))
+    assert not moments[0].any() and not moments[1].any()
+    adam(grad, weight, moments, AdamScalars(one, one, one, 0 * one), (0.9, 0.999), 1e-8)
+    expected = torch.arange(2500.0, device=DEVICE) - 0.1 / 0.001**0.5
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_the_choice_between_lists_and_dense_products_is_explained() -> None:
+    x = torch.zeros(1, 1)
+    assert "not on a CUDA device" in choose_lists(x, 1000, 5.0, "auto").reason
+    assert choose_lists(x, 1000, 5.0, "reference").reason == "asked for"
+
+
+@needs_kernel
+def test_dense_products_are_chosen_where_much_is_active() -> None:
+    x = torch.zeros(1, 1, device=DEVICE)
+    assert choose_lists(x, 1000, 5.0, "triton").implementation == "triton"
+    dense = choose_lists(x, 1000, 500.0, "triton")
+    assert dense.implementation == "reference"
+    assert "50.0% of the entries are active" in dense.reason
+
+
+def test_room_for_the_lists_is_a_power_of_two_and_at_most_everything() -> None:
+    assert list_capacity(4096, 32_768, 64.0) == 2**20
+    assert list_capacity(4096, 32_768, 64.0, margin=2.0) == 2**21
+    assert list_capacity(4, 100, 50.0) == 400
+
+
+@pytest.mark.skipif(RUNS, reason="the cases ran in this process")
+def test_the_cases_in_a_fresh_process() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
