@@ -1,26 +1,45 @@
-# make demo | test | test-slurm | test-faults | soak | lint | typecheck | clean.
+# make demo | bench | ablations | test | test-slurm | test-browser | test-faults | soak | lint | typecheck | clean.
 # The environment is .venv, from requirements.lock.
 SHELL := /bin/sh
 PYTHON ?= python3
+BENCH_LM := results/bench/lm-6l
 LOCK_STAMP := .venv/.installed-lock
 CODE_STAMP := .venv/.installed-package
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: demo test test-slurm test-faults soak lint typecheck clean install
+.PHONY: demo bench ablations test test-slurm test-browser test-faults soak lint typecheck clean install
 .DEFAULT_GOAL := demo
 
 demo: install
 	@snakemake
 	@echo "The frontier: results/figures/pareto.png; as numbers: results/tables/frontier.csv"
 
+# On a GPU: SPALF beside the baselines, and changed in one thing at a time.
+bench: $(BENCH_LM)/training.json
+	@snakemake --configfile config/bench.yaml
+
+ablations: $(BENCH_LM)/training.json
+	@snakemake --configfile config/ablations.yaml
+
+# Their language model: 6 layers, d = 256, ten epochs of the standard library's source.
+$(BENCH_LM)/training.json: | install
+	@python -m spalf.bundled.prepare --out results/bench/tokens
+	@python -m spalf.bundled.train_lm --data results/bench/tokens --out $(BENCH_LM) \
+	    --layers 6 --d-model 256 --epochs 10
+
 test: install
-	@python -m pytest --numprocesses 2 -m "not faults" --ignore tests/slurm
+	@python -m pytest --numprocesses 2 -m "not faults" --ignore tests/slurm --ignore tests/browser
 
 # A Slurm on the loopback interface; skipped, with the reason, where that is not possible.
 test-slurm: install
 	@workflow/scripts/install_slurm.sh
-	@SPALF_TEST_SLURM=1 python -m pytest tests/slurm --numprocesses 3
+	@SPALF_TEST_SLURM=1 python -m pytest tests/slurm --numprocesses 3 --dist worksteal
+
+# The page of features in a headless Chromium, which is installed where that is possible.
+test-browser: install
+	@workflow/scripts/install_browser.sh
+	@SPALF_TEST_BROWSER=1 python -m pytest tests/browser --numprocesses 2
 
 test-faults: install
 	@python -m pytest tests/faults
