@@ -103,7 +103,8 @@ def _tokens(n_sequences: int, seed: int, seq_len: int) -> Any:
 
 
 def planted_config(steps: int = 60, **changes: Any) -> RunConfig:
-    """A run of ``steps`` steps; ``method``, ``runtime`` etc. replace sections."""
+    """A run of ``steps`` steps with anchors; ``runtime`` etc. replace sections, ``method`` adds."""
+    changes["method"] = {"anchors": True, **changes.get("method", {})}
     base: dict[str, Any] = {
         "model_name": "planted",
         "hook_point": "planted.site",

@@ -9,6 +9,7 @@ import click
 
 from spalf.cli.data import data
 from spalf.cli.errors import run_cli
+from spalf.cli.init_workflow import init_workflow
 from spalf.cli.interchange import export, import_
 from spalf.cli.options import (
     UNUSED_BY_CALIBRATION,
@@ -266,6 +267,7 @@ def describe(source: Path, cell: str | None, debug: bool) -> None:
 spalf.add_command(data)
 spalf.add_command(export)
 spalf.add_command(import_)
+spalf.add_command(init_workflow)
 spalf.add_command(status)
 
 

@@ -15,6 +15,7 @@ from spalf.cli.stopping import Stopping
 from spalf.config import RuntimeConfig
 from spalf.errors import UserError
 from spalf.steps import StepContext
+from spalf.steps.trackers import require_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,9 @@ def set_up(runtime: RuntimeConfig, seed: int, **policy: Any) -> StepContext:
         policy: further fields of `StepContext`, by name.
 
     Raises:
-        UserError: a GPU was asked for that is not there.
+        UserError: a GPU or a tracker was asked for that is not there.
     """
+    require_trackers(runtime.trackers)
     device = pick_device(runtime.device)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)

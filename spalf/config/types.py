@@ -83,7 +83,7 @@ class MethodConfig(Frozen):
         surrogate: surrogate gradient of the gate (M6).
         controller: how the multipliers are driven (M12).
         anchors: tie V_cap decoder columns to the unembedding (M3).
-        v_cap: number of anchored columns; ``None`` means min(V, F/16).
+        v_cap: number of anchored columns, where there are any; ``None`` means min(V, F/16).
         orthogonality: keep the constraint on co-active columns (M8).
         capu: adapt the penalty coefficients (M13); off keeps them at 1.
         setpoint: the loop that makes ``L0_target`` hold (M14).
@@ -132,6 +132,7 @@ class RuntimeConfig(Frozen):
         log_every_steps: steps between rows of the metrics log.
         checkpoint_every_minutes: wall-clock minutes between checkpoints.
         checkpoint_every_steps: steps between checkpoints; ``None`` leaves it to the minutes.
+        trackers: where the metrics go besides the metrics log.
     """
 
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
@@ -142,6 +143,9 @@ class RuntimeConfig(Frozen):
     log_every_steps: PositiveInt = 10
     checkpoint_every_minutes: float = Field(default=10.0, gt=0)
     checkpoint_every_steps: PositiveInt | None = None
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False, max_length=2)
+    ] = ()
 
 
 class TrainConfig(Frozen):

@@ -194,6 +194,20 @@ def to_tensors(state: ControllerState) -> dict[str, Tensor]:
     return flat
 
 
+def pack(state: ControllerState) -> Tensor:
+    """The whole state as one vector, so that it can be kept or moved by a single operation."""
+    return torch.cat([value.reshape(-1) for value in to_tensors(state).values()])
+
+
+def unpack(packed: Tensor, like: ControllerState) -> ControllerState:
+    """Inverse of `pack`; the tensors are views of ``packed``, shaped as in ``like``."""
+    shapes = {name: value.shape for name, value in to_tensors(like).items()}
+    parts = packed.split([shape.numel() for shape in shapes.values()])
+    return from_tensors(
+        {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+    )
+
+
 def from_tensors(flat: dict[str, Tensor]) -> ControllerState:
     """Inverse of `to_tensors`."""
 

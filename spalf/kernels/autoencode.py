@@ -34,6 +34,8 @@ class Parameters(NamedTuple):
         W_dec: ``[d_sae, width]``.
         b_dec: ``[width]``.
         bandwidth: ε ≥ 0, ``[d_sae]``; no gradient.
+        operands: encoder and decoder in the type in which products are computed, where somebody
+            keeps such copies; no gradient.
     """
 
     W_enc: Tensor
@@ -42,6 +44,7 @@ class Parameters(NamedTuple):
     W_dec: Tensor
     b_dec: Tensor
     bandwidth: Tensor
+    operands: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,9 @@ def _dense(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
 
 
 def _sparse(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
-    x_hat, l0, sub, fired, overflow, raw = SparseAutoencode.apply(x, *parameters, plan)
+    x_hat, l0, sub, fired, overflow, raw = SparseAutoencode.apply(
+        x, *parameters[:6], parameters.operands, plan
+    )
     return Autoencoded(x_hat, l0, sub, fired, overflow, raw, parameters.b_enc.detach())
 
 
@@ -178,6 +183,7 @@ class SparseAutoencode(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,
         bandwidth: Tensor,
+        operands: tuple[Tensor, Tensor] | None,
         plan: Plan,
     ) -> tuple[Tensor, ...]:
         """One dense product, two looks at its result, one walk over each token's entries."""
@@ -185,7 +191,8 @@ class SparseAutoencode(torch.autograd.Function):
         from spalf.kernels import triton_sparse
 
         dtype = _dtype(plan.precision)
-        inputs, encoder, decoder = x.to(dtype), W_enc.to(dtype), W_dec.to(dtype)
+        inputs = x.to(dtype)
+        encoder, decoder = operands or (W_enc.to(dtype), W_dec.to(dtype))
         raw = inputs @ encoder.T
         moreau = plan.surrogate == "moreau"
         lower = threshold if moreau else threshold - 0.5 * bandwidth
@@ -229,5 +236,6 @@ class SparseAutoencode(torch.autograd.Function):
                 d_x[:rows].addmm_(d_below, encoder.float())
         d_b_dec = None if dx_hat is None else dx_hat.sum(dim=0)
         return (
-            d_x, grads.encoder, grads.bias, grads.threshold, grads.decoder, d_b_dec, None, None
+            d_x, grads.encoder, grads.bias, grads.threshold, grads.decoder, d_b_dec,
+            None, None, None,
         )  # fmt: skip

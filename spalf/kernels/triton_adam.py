@@ -63,6 +63,7 @@ def _square_norm_kernel(
 def _adam_kernel(
     grad_ptr,
     weight_ptr,
+    copy_ptr,  # of the weight, in another type
     mean_ptr,
     square_ptr,
     rate_ptr,
@@ -75,6 +76,7 @@ def _adam_kernel(
     beta1,
     beta2,
     epsilon,
+    HAS_COPY: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     if tl.load(frozen_ptr) == 0.0:
@@ -97,6 +99,8 @@ def _adam_kernel(
             norm = tl.sqrt(tl.sum(weight * weight, axis=0))
             weight = weight / tl.maximum(norm, 1e-12)
         tl.store(weight_ptr + offsets, weight, mask=inside)
+        if HAS_COPY:
+            tl.store(copy_ptr + offsets, weight.to(copy_ptr.dtype.element_ty), mask=inside)
         tl.store(mean_ptr + offsets, mean, mask=inside)
         tl.store(square_ptr + offsets, square, mask=inside)
 
@@ -129,6 +133,7 @@ def adam(
     betas: tuple[float, float],
     epsilon: float,
     sphere_from: int | None = None,
+    copy: Tensor | None = None,
 ) -> None:
     """One Adam step of one parameter, in place (Kingma & Ba, arXiv 1412.6980).
 
@@ -142,12 +147,15 @@ def adam(
         betas: decay rates of the moments.
         epsilon: added to the denominator.
         sphere_from: first row on the sphere; ``None`` for none.
+        copy: shaped like ``weight``, of any type; receives the new weights too.
     """
     rows, width, columns = _rows(grad)
     first = rows if sphere_from is None else sphere_from
+    # The kernel never follows the pointer of an absent copy; `weight` only stands in for it.
     _adam_kernel[(rows,)](
-        grad, weight, *moments, *scalars, width, grad.numel(), first, *betas, epsilon,
-        COLUMNS=columns, num_warps=_warps(columns),
+        grad, weight, weight if copy is None else copy, *moments, *scalars, width, grad.numel(),
+        first, *betas, epsilon, HAS_COPY=copy is not None, COLUMNS=columns,
+        num_warps=_warps(columns),
     )  # fmt: skip
 
 

@@ -102,6 +102,7 @@ class StratifiedSAE(nn.Module):
         self.whitener, self.scale = whitener, scale
         self.surrogate, self.kernel, self.precision = surrogate, kernel, precision
         self.list_margin = 1.0
+        self._copies: dict[Tensor, tuple[Tensor, int]] = {}
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_model, device=device))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device))
         self.log_threshold = nn.Parameter(torch.zeros(d_sae, device=device))
@@ -147,13 +148,33 @@ class StratifiedSAE(nn.Module):
         """
         tokens = x.shape[0]
         capacity = None if expected_l0 is None else self.capacity_for(tokens, expected_l0)
+        operands = None if capacity is None else self._operands()
         parameters = Parameters(
-            self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec, self.bandwidth
+            self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec, self.bandwidth, operands
         )
         rows = tokens if sub_rows is None else min(sub_rows, tokens)
         plan = Plan(self.surrogate, self.precision, self.kernel, rows, capacity)
         encoded = autoencode(self.whitener.whiten(x), parameters, plan)
         return SAEOutput(x / self.scale - encoded.x_hat, encoded, self.scale)
+
+    def _operands(self) -> tuple[Tensor, Tensor] | None:
+        """Encoder and decoder in bfloat16, made anew where something but `adam` changed them."""
+        if self.precision == "float32":
+            return None
+        copies = []
+        for weight in (self.W_enc, self.W_dec):
+            copy, version = self._copies.get(weight, (None, -1))
+            if copy is None:
+                copy = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
+            if version != weight._version:
+                copy.copy_(weight.detach())
+            self._copies[weight] = copy, weight._version
+            copies.append(copy)
+        return copies[0], copies[1]
+
+    def operand_of(self, parameter: Tensor) -> Tensor | None:
+        """The bfloat16 copy of a parameter, which whoever changes it unseen must change as well."""
+        return self._copies[parameter][0] if parameter in self._copies else None
 
     def capacity_for(self, tokens: int, expected_l0: float) -> int | None:
         """Room that lists of active entries are given; ``None`` where dense products serve."""

@@ -36,6 +36,7 @@ from spalf.steps.context import (
     working_directory,
 )
 from spalf.steps.keep import keep_finished, restore_finished
+from spalf.steps.trackers import Trackers, open_trackers
 from spalf.training.loop import Hooks, phase_end, run_phase
 from spalf.training.metrics import MetricsLog
 from spalf.training.phase import (
@@ -222,8 +223,9 @@ def _run(
         except StopRequested:  # at the entry to Phase 2, which is made anew
             raise Interrupted(first_row) from None
         log = MetricsLog(job.working / METRICS, first_row)
+        trackers = open_trackers(job.config.runtime.trackers, job.out, log.path, job.identity)
         try:
-            _train(job, state, phase, store, log)
+            _train(job, state, phase, store, log, trackers)
             if state.step > phase.first_step:
                 _trim(job, state, phase, activations)
         except StopRequested:
@@ -232,6 +234,7 @@ def _run(
             raise Interrupted(state.step) from None
         finally:
             log.close()
+            trackers.close()
         _publish(job, state)
         keep_finished(job.out, job.identity, job.context)
 
@@ -250,7 +253,12 @@ def _finished(job: _Job) -> bool:
 
 
 def _train(
-    job: _Job, state: TrainState, phase: Phase, store: CheckpointStore, log: MetricsLog
+    job: _Job,
+    state: TrainState,
+    phase: Phase,
+    store: CheckpointStore,
+    log: MetricsLog,
+    trackers: Trackers,
 ) -> None:
     runtime, plan = job.config.runtime, schedule(job.config)
     clock = CheckpointClock(runtime.checkpoint_every_minutes, runtime.checkpoint_every_steps)
@@ -261,6 +269,7 @@ def _train(
     def on_log(row: Mapping[str, float | int]) -> None:
         nonlocal last
         log.append(row)
+        trackers.log(row)
         shown = {"L0": row["l0"], "R2": row["explained_variance"]}
         shown |= {key.replace("lambda_", "λ_"): row[key] for key in row if key[:7] == "lambda_"}
         progress.update(int(row["step"]) - last, shown)

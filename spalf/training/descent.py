@@ -83,7 +83,10 @@ def _fused(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float |
     )
     for p in parameters:
         moments = slots[p]["exp_avg"], slots[p]["exp_avg_sq"]
-        adam(_grad(p), p, moments, scalars, (beta1, beta2), group["eps"], spheres.get(p))
+        adam(
+            _grad(p), p, moments, scalars, (beta1, beta2), group["eps"], spheres.get(p),
+            copy=sae.operand_of(p),
+        )  # fmt: skip
     return norm
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spalf.config import RunConfig, schedule
-from spalf.controller.controller import from_tensors, to_tensors
+from spalf.controller.controller import pack, unpack
 from spalf.kernels import choose
 from spalf.sae import SAEOutput
 from spalf.training.phase import Phase
@@ -59,9 +59,8 @@ class GraphedStep:
         self._plan = schedule(config)
         device = state.stale.device
         self._inputs = StepInputs(*(torch.zeros((), device=device) for _ in range(3)))
-        state.controller = from_tensors(
-            {name: value.clone() for name, value in to_tensors(state.controller).items()}
-        )
+        self._control = pack(state.controller)
+        state.controller = unpack(self._control, state.controller)
         state.stale = state.stale.clone()
         self._batch: Tensor | None = None
         self._recorded: tuple[torch.cuda.CUDAGraph, StepRecord, SAEOutput] | None = None
@@ -101,9 +100,7 @@ class GraphedStep:
         controller, stale = state.controller, state.stale
         assert self._batch is not None
         done = advance(state, self._batch, self._phase, self._config, self._plan, inputs)
-        places, values = to_tensors(controller), to_tensors(state.controller)
-        for name, place in places.items():
-            place.copy_(values[name])
+        self._control.copy_(pack(state.controller))
         stale.copy_(state.stale)
         state.controller, state.stale = controller, stale
         return done

@@ -18,7 +18,7 @@ from spalf.constraints import (
     strongest_features,
 )
 from spalf.controller import ControllerReading, update
-from spalf.controller.controller import from_tensors, to_tensors
+from spalf.controller.controller import pack, unpack
 from spalf.lagrangian import augmented_lagrangian, sparsity_objective
 from spalf.sae import ParameterRows, SAEOutput
 from spalf.training.descent import descend
@@ -117,9 +117,9 @@ def advance(
         _lower_thresholds(state, plan)
     l0 = observed.output.l0.detach().double().mean()
     reading = ControllerReading(violations.observed, l0, inputs.l0_ref)
-    before, after = to_tensors(state.controller), update(state.controller, reading, phase.gains)
-    kept = {name: state.guard.keep(before[name], new) for name, new in to_tensors(after).items()}
-    state.controller = from_tensors(kept)
+    after = update(state.controller, reading, phase.gains)
+    kept = state.guard.keep(pack(state.controller), pack(after))
+    state.controller = unpack(kept, after)
     kl = observed.mse.new_full((), torch.nan) if observed.kl is None else observed.kl
     record = StepRecord(
         inputs.lr, inputs.l0_ref, l0, observed.mse, kl, violations.observed, gradient_norm

@@ -67,7 +67,7 @@ def settings(output_dir: Path) -> dict[str, Any]:
         "seq_len": 64,
         "output_dir": str(output_dir),
         "evaluate": {"tokens": 8192, "sweep_tokens": 2048, "sweep_factors": [0.5, 1.0, 2.0]},
-        "method": {"phase2_fraction": 0.1},
+        "method": {"phase2_fraction": 0.1, "anchors": True},
         # The gate of the covariance opens early, so that calibration is short.
         "constants": {"delta_cov": 0.3},
         "runtime": {"device": "cpu", "log_every_steps": 5, "checkpoint_every_steps": 40},
@@ -117,16 +117,19 @@ def test_the_report_has_every_metric_of_both_phases(finished: RunConfig) -> None
         # 128 sequences of a few files: their L0 is not quite that of the training split.
         assert abs(metrics["l0"] / finished.L0_target - 1) < 0.3
     assert report["phases"]["phase2"]["train_tokens"] == 153_600
-    assert report["cell"].items() >= {
-        "model": "spalf/demo-2l",
-        "hook_point": "blocks.1.hook_resid_post",
-        "model_name": "spalf/demo-2l",
-        "method": "spalf",
-        "L0_target": 8.0,
-        "R2_target": 0.99,
-        "F": 96,
-        "seed": 0,
-    }.items()
+    assert (
+        report["cell"].items()
+        >= {
+            "model": "spalf/demo-2l",
+            "hook_point": "blocks.1.hook_resid_post",
+            "model_name": "spalf/demo-2l",
+            "method": "spalf",
+            "L0_target": 8.0,
+            "R2_target": 0.99,
+            "F": 96,
+            "seed": 0,
+        }.items()
+    )
 
 
 def test_the_report_covers_sweep_drift_absorption_and_controller(finished: RunConfig) -> None:

@@ -241,7 +241,9 @@ def test_fused_adam_is_adam_between_projection_and_normalisation(sphere_from: in
             plain[rows] = nn.functional.normalize(plain[rows], dim=1)
         numbers = (3e-3 / (1 - 0.9**step), (1 - 0.999**step) ** -0.5, 0.5, 0.0)
         scalars = AdamScalars(*(torch.tensor(v, device=DEVICE) for v in numbers))
-        adam(grad, weight, (mean, square), scalars, (0.9, 0.999), 1e-8, sphere_from)
+        low = torch.empty_like(weight, dtype=torch.bfloat16)
+        adam(grad, weight, (mean, square), scalars, (0.9, 0.999), 1e-8, sphere_from, low)
+        torch.testing.assert_close(low.float(), weight, rtol=2**-7, atol=0)
         torch.testing.assert_close(weight.double(), plain.detach(), rtol=1e-5, atol=1e-6)
 
 

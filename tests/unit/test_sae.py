@@ -110,13 +110,13 @@ def test_leading_free_directions_are_orthogonal_to_anchors_and_each_other(
 
 def test_anchors_are_the_most_frequent_token_directions_at_unit_norm() -> None:
     directions = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    anchors = anchor_directions(directions, 128, MethodConfig())
+    anchors = anchor_directions(directions, 128, MethodConfig(anchors=True))
     assert anchors.shape == (8, 8), "min(V, F/16)"
     torch.testing.assert_close(anchors.norm(dim=1), torch.ones(8))
     assert torch.nn.functional.cosine_similarity(anchors, directions[:8]).min() > 1 - 1e-6
-    assert anchor_directions(directions, 6400, MethodConfig()).shape == (40, 8)
-    assert anchor_directions(directions, 128, MethodConfig(v_cap=3)).shape == (3, 8)
-    assert anchor_directions(directions, 128, MethodConfig(anchors=False)).shape == (0, 8)
+    assert anchor_directions(directions, 6400, MethodConfig(anchors=True)).shape == (40, 8)
+    assert anchor_directions(directions, 128, MethodConfig(anchors=True, v_cap=3)).shape == (3, 8)
+    assert anchor_directions(directions, 128, MethodConfig()).shape == (0, 8)
 
 
 @pytest.mark.parametrize(("v_cap", "tokens", "d_sae"), [(64, 100, 64), (80, 100, 64), (50, 40, 64)])
@@ -124,7 +124,7 @@ def test_more_anchors_than_features_or_tokens_is_an_error_that_names_v_cap(
     v_cap: int, tokens: int, d_sae: int
 ) -> None:
     with pytest.raises(UserError, match=r"^method\.v_cap = \d+: must be at most") as raised:
-        anchor_directions(torch.ones(tokens, 8), d_sae, MethodConfig(v_cap=v_cap))
+        anchor_directions(torch.ones(tokens, 8), d_sae, MethodConfig(anchors=True, v_cap=v_cap))
     assert raised.value.value == v_cap
 
 

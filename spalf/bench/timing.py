@@ -1,0 +1,48 @@
+"""Times: by CUDA events for kernels, by the clock for whole steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def median_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 4) -> float:
+    """Median time of one call in milliseconds, by CUDA events."""
+    for _ in range(warmup):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def steps_ms(run: Callable[[int], object], steps: int, repeats: int, device: torch.device) -> float:
+    """Median over ``repeats`` of the time of a step, in milliseconds, by the clock.
+
+    Args:
+        run: does the number of steps it is given.
+        steps: in one repeat.
+        repeats: of the measurement.
+        device: waited for before and after where it is a GPU.
+    """
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    times = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        run(steps)
+        wait()
+        times.append((time.perf_counter() - start) / steps * 1e3)
+    return statistics.median(times)
