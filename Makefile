@@ -1,4 +1,4 @@
-# make demo | bench | ablations | test | test-slurm | test-browser | test-faults | soak | lint | typecheck | clean.
+# make demo | frontier | ablations | bench | test | test-slurm | test-browser | test-faults | soak | lint | typecheck | clean.
 # The environment is .venv, from requirements.lock.
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -8,7 +8,7 @@ CODE_STAMP := .venv/.installed-package
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: demo bench ablations test test-slurm test-browser test-faults soak lint typecheck clean install
+.PHONY: demo frontier ablations bench test test-slurm test-browser test-faults soak lint typecheck clean install
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -16,8 +16,12 @@ demo: install
 	@echo "The frontier: results/figures/pareto.png; as numbers: results/tables/frontier.csv"
 
 # On a GPU: SPALF beside the baselines, and changed in one thing at a time.
-bench: $(BENCH_LM)/training.json
+frontier: $(BENCH_LM)/training.json
 	@snakemake --configfile config/bench.yaml
+
+# Training steps beside SAELens's: time, memory, ratio.
+bench: install
+	@python -m spalf.bench --out results/bench/speed
 
 ablations: $(BENCH_LM)/training.json
 	@snakemake --configfile config/ablations.yaml

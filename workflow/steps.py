@@ -18,9 +18,9 @@ from spalf.config import EvaluateConfig, RunConfig
 
 REVISIONS = {
     "calibrate": 2,
-    "init": 1,
-    "phase1": 1,
-    "phase2": 1,
+    "init": 2,
+    "phase1": 2,
+    "phase2": 2,
     "baseline": 1,
     "evaluate": 1,
     "evaluate_baseline": 1,

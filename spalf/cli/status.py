@@ -1,4 +1,4 @@
-"""``spalf status``: what became of the steps of a sweep."""
+"""``spalf status``: what became of the cells of a sweep."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import click
 
 @click.command(
     "status",
-    epilog="Example: spalf status results",
-    help="Say which steps of a sweep are not done.",
+    epilog="Example: spalf status results --configfile config/config.yaml",
+    help="Print the grid of a sweep: done, running, stopped.",
+)
+@click.option(
+    "--configfile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Configuration of the sweep; lists also its cells that were not started.",
 )
 @click.argument("results", type=click.Path(path_type=Path, file_okay=False), default="results")
-def status(results: Path) -> None:
-    """Print counts by state, then job, node, reason and log of every step that is not done."""
-    from spalf.report.status import describe_status
+def status(results: Path, configfile: Path | None) -> None:
+    """Print the grid as a table, then job, node, reason and log of every step that stopped."""
+    from spalf.config import load_sweep
+    from spalf.report.grid import describe_status
 
-    click.echo(describe_status(results))
+    click.echo(describe_status(results, load_sweep(configfile) if configfile else None))

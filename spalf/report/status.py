@@ -1,11 +1,14 @@
 """Which steps of a sweep are done, which run, and why the others stopped — from files alone.
 
-Every step's log begins with the job and the node it ran on; what Slurm itself said about a job
-(a time limit, a lost node) is in the log of that job.
+Every step's log begins with the job and the node it ran on and says every few seconds how far it
+is; what Slurm itself said about a job (a time limit, a lost node) is in the log of that job.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,7 +22,28 @@ BASELINES = ("/batchtopk", "/topk", "/jumprelu")
 PLACE = re.compile(r"^job (?P<job>\S+) on (?P<node>[^\s,]+)")
 SLURM_SAYS = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ (?P<reason>.*?) \*\*\*")
 OUT_OF_MEMORY = re.compile(r"oom.kill|out.of.memory|exceeded .*memory limit", re.IGNORECASE)
+PROGRESS = re.compile(
+    r"(?P<what>[\w ]+): +(?P<done>[\d.]+[kMG]?)/(?P<total>[\d.]+[kMG]?) "
+    r"\[[^<\]]*<(?P<remaining>[^,\]]*),[^\]]*\](?P<shown>.*)$"
+)
 QUEUED = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a step said it was, in the last line of its log that says so.
+
+    Attributes:
+        done: units of work, as written.
+        total: likewise.
+        remaining: hours, minutes and seconds that were left then.
+        shown: further figures by name, such as ``L0``.
+    """
+
+    done: str
+    total: str
+    remaining: str
+    shown: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -30,11 +54,13 @@ class StepStatus:
         cell: ``<model>`` or ``<model> L0_<target> seed_<seed>``, with a variant's or a baseline's
             name after the model's.
         step: name of the step.
-        state: ``done``, ``stopped``, or what the queue says (``running``, ``pending``).
+        state: ``done``, ``stopped``, ``running``, or what the queue says (``pending``).
         job: id of its last job; empty where no scheduler was involved.
         node: where that ran; empty where it did not get to start.
         reason: why it stopped, in the last words of Slurm or of the step.
         logs: where to read more, the step's own log first.
+        folder: where its result is or will be.
+        progress: how far it said it was, if it did.
     """
 
     cell: str
@@ -44,6 +70,8 @@ class StepStatus:
     node: str
     reason: str
     logs: tuple[Path, ...]
+    folder: Path
+    progress: Progress | None = None
 
     def describe(self) -> str:
         """Two lines: what and why; where and which logs."""
@@ -71,17 +99,6 @@ def describe_stopped(results: Path) -> str:
     steps = "1 step" if len(stopped) == 1 else f"{len(stopped)} steps"
     lines = "\n".join(status.describe() for status in stopped)
     return f"{steps} failed or stopped; what is done is kept, the same command continues:\n{lines}"
-
-
-def describe_status(results: Path) -> str:
-    """Counts by state, then every step that is not done."""
-    everything = sweep_status(results)
-    if not everything:
-        return f"nothing was started under {results}"
-    states = [status.state for status in everything]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-    open_steps = [status.describe() for status in everything if status.state != "done"]
-    return "\n".join([counts, *open_steps])
 
 
 def queued_jobs() -> Mapping[str, str]:
@@ -139,11 +156,38 @@ def _status(
         state, reason = "done", ""
     elif queue.get(job) in QUEUED:
         state, reason = queue[job].lower(), ""
+    elif _at_work(outcome):
+        state, reason = "running", ""
     else:
         state, reason = "stopped", _reason(log, slurm_log)
     parts = folder.relative_to(results).parts
     parts = parts[:-1] if step == "calibrate" else parts
-    return StepStatus(" ".join(parts), step, state, job, node, reason, logs)
+    return StepStatus(" ".join(parts), step, state, job, node, reason, logs, folder, _progress(log))
+
+
+def _at_work(outcome: Path) -> bool:
+    """Whether a process of this machine holds the lock on a step's output."""
+    out = outcome.parent if outcome.name == "metadata.json" else outcome
+    try:
+        text = (out.with_name(f"{out.stem}.checkpoints") / "holder.json").read_text("utf-8")
+        holder = json.loads(text)
+        if holder["host"] != platform.node():
+            return False
+        os.kill(int(holder["pid"]), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _progress(log: Path) -> Progress | None:
+    for line in reversed(_lines(log)):
+        found = PROGRESS.search(line)
+        if found:
+            shown = (pair.split("=", 1) for pair in found["shown"].split() if "=" in pair)
+            return Progress(found["done"], found["total"], found["remaining"], dict(shown))
+    return None
 
 
 def _place(log: Path) -> tuple[str, str]:
@@ -179,8 +223,12 @@ def _reason(log: Path, slurm_log: Path | None) -> str:
         return str(announced[-1])
     if OUT_OF_MEMORY.search(said):
         return "out of memory"
-    lines = [line for line in _lines(log) if line.strip() and not PLACE.match(line)]
-    return lines[-1].strip() if lines else "it left no word"
+    lines = [line.strip() for line in _lines(log) if line.strip() and not PLACE.match(line)]
+    if not lines:
+        return "it left no word"
+    if PROGRESS.search(lines[-1]):
+        return f"it ended without a word after: {lines[-1]}"
+    return lines[-1]
 
 
 def _lines(log: Path) -> list[str]:

@@ -193,15 +193,21 @@ def open_wandb(out: Path, identity: Mapping[str, Any]) -> WandB | None:
             settings=wandb.Settings(console="off", silent=True),
         )
     except wandb.errors.CommError as error:
-        logger.warning("Weights & Biases cannot be reached (%s); training goes on without", error)
+        said = _first_line(error)
+        logger.warning("Weights & Biases cannot be reached (%s); training goes on without", said)
         return None
     except wandb.errors.UsageError as error:
-        said = str(error).splitlines()[0] if str(error) else "refuses"
+        said = _first_line(error).split(". ")[0]
         remedy = f"{said}; run `wandb login`, or set WANDB_MODE=offline"
         raise UserError("runtime.trackers", "wandb", remedy) from None
     _write(progress, remembered)
-    logger.info("Weights & Biases run %s: %s", remembered["id"], run.url or "offline")
+    place = "offline" if run.offline else run.url
+    logger.info("Weights & Biases run %s: %s", remembered["id"], place)
     return WandB(run, progress, remembered)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _remembered(progress: Path, digest: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _assert_one_line(outcome: Outcome, text: str) -> None:
 
 
 FULL = [("calibrate", leave) for leave in (0, 40_000, 200_000, 2_000_000)]
-FULL += [("phase1", leave) for leave in (0, 100_000, 300_000, 500_000, 800_000)]
+FULL += [("phase1", leave) for leave in (0, 100_000, 300_000, 500_000, 600_000)]
 FULL += [("phase2", leave) for leave in (0, 300_000, 600_000)]
 FULL += [("evaluate", leave) for leave in (0, 4096, 8192)]
 

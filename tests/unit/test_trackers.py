@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,7 +148,8 @@ class FakeWandB(SimpleNamespace):
         self.started.append(given)
         sent = self.runs.setdefault(given["id"], [])
         return SimpleNamespace(
-            url=None,
+            url="somewhere",
+            offline=False,
             log=lambda values, step: sent.append((step, values["l0"])),
             finish=lambda: None,
         )
@@ -206,12 +209,34 @@ def test_a_log_begun_without_a_tracker_is_caught_up(
 def test_training_goes_on_where_the_service_cannot_be_reached(
     init: Path, tmp_path: Path, wandb: FakeWandB, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wandb.fault = wandb.errors.CommError("no route")
+    wandb.fault = wandb.errors.CommError("no route\nand more")
     assert train(init, tmp_path / "phase1", with_wandb())
     assert "cannot be reached (no route)" in caplog.text
 
 
 def test_no_account_is_one_line(tmp_path: Path, wandb: FakeWandB) -> None:
-    wandb.fault = wandb.errors.UsageError("No API key configured\nand more")
+    wandb.fault = wandb.errors.UsageError("No API key configured. Log in.\nand more")
     with pytest.raises(UserError, match=r"'wandb': No API key configured; run `wandb login`"):
         trackers.open_wandb(tmp_path / "phase1", {})
+
+
+def test_the_real_package_takes_the_rows_offline(tmp_path: Path) -> None:
+    """In a process of its own, which the package expects."""
+    out = tmp_path / "L0_4" / "seed_0" / "phase1"
+    code = (
+        "import sys; from pathlib import Path; from spalf.steps.trackers import open_wandb\n"
+        "run = open_wandb(Path(sys.argv[1]), {'lr': 1.0})\n"
+        "run.log({'step': 10, 'l0': 4.0, 'lambda_faith': 2.0})\n"
+        "run.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)],
+        env={**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = out.parent.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"lambda/faith" in record.read_bytes()
+    assert json.loads((out.parent / "wandb" / "phase1.json").read_text())["step"] == 10

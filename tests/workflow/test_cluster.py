@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from spalf.report.status import describe_status, describe_stopped, sweep_status
+from spalf.report.grid import describe_status
+from spalf.report.status import describe_stopped, sweep_status
 from tests.workflow.conftest import ROOT, SMALL, Sweep
 from tests.workflow.test_steps import run_config
 from workflow import executor, lock, resources
@@ -296,7 +297,7 @@ def test_status_says_which_job_node_reason_and_log(tmp_path: Path) -> None:
     assert (stopped.job, stopped.node, stopped.state) == ("7", "n3", "stopped")
     assert stopped.reason == "CANCELLED AT 12:01 DUE TO TIME LIMIT"
     assert stopped.logs == (cell / "logs/phase1.log", slurm / "7.log")
-    assert describe_status(tmp_path).startswith("2 done, 1 stopped\n")
+    assert describe_status(tmp_path).startswith("steps: 2 done, 1 stopped\n")
     assert describe_stopped(tmp_path).startswith("1 step failed or stopped")
 
 

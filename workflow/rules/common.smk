@@ -15,8 +15,13 @@ from workflow import executor, lock, resources as needs, steps
 
 
 def read_sweep():
-    """The configuration as typed data; a fault in it is one line and exit status 2."""
-    update_config(config, steps.typed(workflow.config_settings.config))
+    """The configuration as typed data; a fault in it is one line and exit status 2.
+
+    Where another workflow imports this one as a module, the configuration is what that gives, and
+    ``--config`` is that workflow's.
+    """
+    if workflow.modifier.is_main_snakefile():
+        update_config(config, steps.typed(workflow.config_settings.config))
     names = [os.path.relpath(name) for name in workflow.configfiles]
     try:
         for name in names:
@@ -32,7 +37,7 @@ executor.mend()
 if workflow.is_main_process and not workflow.dryrun:
     lock.explain(Path(".snakemake"))
 SWEEP = read_sweep()
-LAUNCH = Path(workflow.basedir, "workflow", "scripts", "launch.py")
+LAUNCH = Path(steps.__file__).with_name("scripts") / "launch.py"
 CALIBRATION = "results/{model}/calibration"
 CELL = "results/{model}/L0_{L0}/seed_{seed}"
 BASELINE = "results/{model}/{method}/L0_{L0}/seed_{seed}"

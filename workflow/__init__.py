@@ -1,0 +1,1 @@
+"""What the rules of the workflow compute: settings, resources, locks. No torch here."""
