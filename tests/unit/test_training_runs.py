@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from spalf.activations import ActivationStore
 from spalf.checkpoint import Checkpoint
 from spalf.config import RunConfig, schedule
+from spalf.kernels import autoencode
 from spalf.steps import initialise_step
 from spalf.steps.train import _fresh_state
+from spalf.training.loop import Hooks, run_phase
 from spalf.training.phase import Phase, phase_one
 from spalf.training.state import TrainState, load_sae
 from spalf.training.step import record_row, train_step
@@ -308,3 +311,55 @@ def test_bandwidth_is_refreshed(calibrations: Any, tmp_path: Path) -> None:
     before, after = (run.checkpoint(s).tensors["tensors"]["bandwidth"] for s in ("init", "phase1"))
     assert not torch.equal(before, after)
     assert schedule(config).phase1_steps == 110
+
+
+def fresh_run(config: RunConfig, calibration: Path, tmp_path: Path) -> tuple[TrainState, Phase]:
+    """A run before its first step."""
+    initialise_step(config, calibration, tmp_path / "init", context())
+    state = _fresh_state(config, tmp_path / "init", torch.device("cpu"))
+    store = ActivationStore(PlantedModel(), stream(4096, 0), seed=0)
+    return state, phase_one(config, store, state.sae)
+
+
+def test_the_threshold_of_a_silent_feature_sinks_until_it_fires(
+    calibrations: Any, tmp_path: Path
+) -> None:
+    config = planted_config(STEPS, method={"anchors": False, "orthogonality": False})
+    state, phase = fresh_run(config, calibrations(config), tmp_path)
+    plan = replace(schedule(config), silence_steps=3)
+    with torch.no_grad():
+        state.sae.log_threshold[5] = 20.0
+    sunk, silent = [], []
+    for batch in islice(phase.batches(0), 8):
+        before = state.sae.log_threshold.detach().clone()
+        train_step(state, batch, phase, config, plan)
+        sunk.append(float((before - state.sae.log_threshold.detach())[5]))
+        silent.append(int(state.stale[5]))
+    assert silent == list(range(1, 9))
+    assert sunk[:3] == [0.0] * 3, "its gradient is exactly zero"
+    assert sunk[3:] == pytest.approx([0.003] * 5, rel=1e-3)
+
+
+def test_a_step_whose_lists_were_too_short_is_done_again_with_more_room(
+    calibrations: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes back to that step and ends where it ends without the mishap."""
+    config = planted_config(STEPS)
+    ends, margins = [], []
+    for mishap in (False, True):
+        state, phase = fresh_run(config, calibrations(config), tmp_path / str(mishap))
+        calls = 0
+
+        def short(x: Any, parameters: Any, plan: Any, *, fails: bool = mishap) -> Any:
+            nonlocal calls
+            calls += 1
+            done = autoencode(x, parameters, plan)
+            return replace(done, overflow=torch.tensor(True)) if fails and calls == 7 else done
+
+        monkeypatch.setattr("spalf.sae.stratified.autoencode", short)
+        hooks = Hooks(lambda row: None, lambda state: None, lambda step: False, lambda: False)
+        run_phase(state, replace(phase, last_step=20, may_converge=False), config, hooks)
+        ends.append({n: t.detach().clone() for n, t in state.sae.named_parameters()})
+        margins.append(state.sae.list_margin)
+    assert margins == [1.0, 2.0]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
