@@ -188,7 +188,7 @@ class SparseAutoencode(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """One dense product, two looks at its result, one walk over each token's entries."""
         # Imported late: machines without a GPU need no triton, and importing it is slow.
-        from spalf.kernels import triton_sparse
+        from spalf.kernels import triton_lists, triton_sparse
 
         dtype = _dtype(plan.precision)
         inputs = x.to(dtype)
@@ -197,7 +197,7 @@ class SparseAutoencode(torch.autograd.Function):
         moreau = plan.surrogate == "moreau"
         lower = threshold if moreau else threshold - 0.5 * bandwidth
         assert plan.capacity is not None
-        found = triton_sparse.scan(raw, b_enc, threshold, lower, plan.sub_rows, plan.capacity)
+        found = triton_lists.scan(raw, b_enc, threshold, lower, plan.sub_rows, plan.capacity)
         lists = found.lists
         x_hat = triton_sparse.decode(lists, lists.value, decoder, b_dec, threshold)
         overflow = lists.overflow

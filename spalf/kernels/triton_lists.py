@@ -1,0 +1,224 @@
+"""Lists of the entries of a batch that a training step touches, in Triton.
+
+One pass over the pre-activations counts the entries (token, feature) whose gate is open or which
+lie in the surrogate's window, and leaves two bits for each pair; a second one turns the bits into
+lists, token by token; a stable sort gives the same list feature by feature.
+
+Nothing here waits for the host. The lists have a fixed capacity; what does not fit is left out,
+and `EntryLists.overflow` says so.
+
+Importing this module imports triton. With ``TRITON_INTERPRET=1`` set before that, the same kernels
+run on CPU tensors.
+"""
+
+# mypy: allow-untyped-decorators, disable-error-code=no-untyped-def
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COUNT_COLUMNS = 512
+"""Pre-activations a counting program looks at in one go."""
+
+FILL_WORDS, FILL_WARPS = 256, 1
+"""Words of 32 pre-activations from which a program writes entries at a time, and its warps."""
+
+
+class EntryLists(NamedTuple):
+    """The entries of a batch, token by token and feature by feature; int32 unless said otherwise.
+
+    Attributes:
+        token_start: first entry of each token, ``[tokens + 1]``; its active ones come first.
+        active_end: where they end, ``[tokens]``.
+        feature: feature of each entry, in token order, ``[capacity]``.
+        token: token of each entry, ``[capacity]``.
+        value: pre-activation of each entry, float32 ``[capacity]``.
+        feature_start: places in ``order`` at which each feature's active entries begin, and at
+            which those of its window alone do, ``[2·d_sae + 1]``.
+        order: the entries in feature order, active ones first, int64 ``[capacity]``.
+        overflow: whether entries had to be left out, bool scalar.
+    """
+
+    token_start: Tensor
+    active_end: Tensor
+    feature: Tensor
+    token: Tensor
+    value: Tensor
+    feature_start: Tensor
+    order: Tensor
+    overflow: Tensor
+
+
+class Scanned(NamedTuple):
+    """What one look at the pre-activations yields besides the lists.
+
+    Attributes:
+        l0: active features of each token, float32 ``[tokens]``.
+        subthreshold: Σ_j relu(pre_j)²·(1 − gate_j) of the first tokens, float32 ``[sub_rows]``.
+        fired: whether each feature was active at all, bool ``[d_sae]``.
+        lists: the entries.
+    """
+
+    l0: Tensor
+    subthreshold: Tensor
+    fired: Tensor
+    lists: EntryLists
+
+
+@triton.jit
+def _count_kernel(
+    raw_ptr,
+    bias_ptr,
+    threshold_ptr,
+    lower_ptr,
+    l0_ptr,
+    listed_ptr,
+    sub_ptr,
+    fired_ptr,
+    mask_ptr,  # [2, tokens, words]: active entries, then those of the window alone
+    n_rows,
+    n_columns,
+    n_words,
+    sub_rows,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    WORDS: tl.constexpr = COLUMNS // 32
+    bits = (1 << tl.arange(0, 32))[None, :]
+    # Sums are kept apart by column until the end: a reduction in the loop would cost more than all
+    # the rest of it.
+    active = tl.zeros((COLUMNS,), dtype=tl.int32)
+    listed = tl.zeros((COLUMNS,), dtype=tl.int32)
+    sub = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for first in range(0, n_columns, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = columns < n_columns
+        value = tl.load(raw_ptr + row.to(tl.int64) * n_columns + columns, mask=inside, other=0.0)
+        value = value.to(tl.float32) + tl.load(bias_ptr + columns, mask=inside, other=0.0)
+        theta = tl.load(threshold_ptr + columns, mask=inside, other=0.0)
+        lower = tl.load(lower_ptr + columns, mask=inside, other=0.0)
+        gate = (value > theta) & inside
+        # A NaN is listed, so that it reaches the reconstruction instead of being gated away.
+        entry = ((value > lower) | (value != value)) & inside
+        active += gate.to(tl.int32)
+        listed += entry.to(tl.int32)
+        words = first // 32 + tl.arange(0, WORDS)
+        near = entry & (value <= theta)
+        at = row.to(tl.int64) * n_words + words
+        packed = tl.sum(tl.reshape((entry & (near == 0)).to(tl.int32), (WORDS, 32)) * bits, axis=1)
+        tl.store(mask_ptr + at, packed, mask=words < n_words)
+        packed = tl.sum(tl.reshape(near.to(tl.int32), (WORDS, 32)) * bits, axis=1)
+        tl.store(mask_ptr + n_rows * n_words + at, packed, mask=words < n_words)
+        # Programs may write the same place, but never different values.
+        tl.store(fired_ptr + columns, gate, mask=gate)
+        if row < sub_rows:
+            below = tl.where((value > 0.0) & (gate == 0) & inside, value, 0.0)
+            sub += below * below
+    tl.store(l0_ptr + row, tl.sum(active, axis=0).to(tl.float32))
+    tl.store(listed_ptr + row, tl.sum(listed, axis=0))
+    if row < sub_rows:
+        tl.store(sub_ptr + row, tl.sum(sub, axis=0))
+
+
+@triton.jit
+def _bit_count(word):
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _fill_kernel(
+    raw_ptr,
+    bias_ptr,
+    mask_ptr,
+    token_start_ptr,
+    active_end_ptr,
+    feature_ptr,
+    key_ptr,
+    token_ptr,
+    value_ptr,
+    capacity,
+    n_rows,
+    n_columns,
+    n_words,
+    WORDS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    start = tl.load(token_start_ptr + row)
+    for near in tl.static_range(2):
+        for first in range(0, n_words, WORDS):
+            words = first + tl.arange(0, WORDS)
+            at = (near * n_rows + row).to(tl.int64) * n_words + words
+            rest = tl.load(mask_ptr + at, mask=words < n_words, other=0).to(tl.uint32, bitcast=True)
+            count = _bit_count(rest)
+            place = start + tl.cumsum(count, axis=0) - count
+            start += tl.sum(count, axis=0)
+            # One entry of each word at a time, lowest bit first.
+            for _ in range(tl.max(count, axis=0)):
+                lowest = rest & (~rest + 1)
+                column = words * 32 + _bit_count(lowest - 1)
+                kept = (rest != 0) & (place < capacity)
+                value = tl.load(
+                    raw_ptr + row.to(tl.int64) * n_columns + column, mask=kept, other=0.0
+                ).to(tl.float32)
+                value += tl.load(bias_ptr + column, mask=kept, other=0.0)
+                tl.store(feature_ptr + place, column, mask=kept)
+                tl.store(key_ptr + place, 2 * column + near, mask=kept)
+                tl.store(token_ptr + place, row + tl.zeros_like(place), mask=kept)
+                tl.store(value_ptr + place, value, mask=kept)
+                rest = rest ^ lowest
+                place += 1
+        if near == 0:
+            tl.store(active_end_ptr + row, start)
+
+
+def scan(
+    raw: Tensor, bias: Tensor, threshold: Tensor, lower: Tensor, sub_rows: int, capacity: int
+) -> Scanned:
+    """List the entries of a batch whose pre-activation lies above ``lower``.
+
+    Args:
+        raw: pre-activations without their bias, contiguous ``[tokens, d_sae]``.
+        bias: added to them in float32, ``[d_sae]``.
+        threshold: θ, float32 ``[d_sae]``.
+        lower: bound of the entries listed, at most θ, float32 ``[d_sae]``.
+        sub_rows: tokens whose sub-threshold mass is wanted, the first ones.
+        capacity: most entries the lists can take.
+    """
+    n_rows, n_columns = raw.shape
+    device = raw.device
+    l0 = torch.empty(n_rows, device=device)
+    listed = torch.empty(n_rows, dtype=torch.int32, device=device)
+    sub = torch.empty(sub_rows, device=device)
+    fired = torch.zeros(n_columns, dtype=torch.bool, device=device)
+    n_words = triton.cdiv(n_columns, 32)
+    mask = torch.empty(2, n_rows, n_words, dtype=torch.int32, device=device)
+    _count_kernel[(n_rows,)](
+        raw, bias, threshold, lower, l0, listed, sub, fired, mask, n_rows, n_columns, n_words,
+        sub_rows,
+        COLUMNS=COUNT_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    token_start = torch.zeros(n_rows + 1, dtype=torch.int32, device=device)
+    torch.cumsum(listed, dim=0, dtype=torch.int32, out=token_start[1:])
+    active_end = torch.empty(n_rows, dtype=torch.int32, device=device)
+    key = torch.full((capacity,), 2 * n_columns, dtype=torch.int32, device=device)
+    feature, token = torch.empty(2, capacity, dtype=torch.int32, device=device)
+    value = torch.empty(capacity, device=device)
+    _fill_kernel[(n_rows,)](
+        raw, bias, mask, token_start, active_end, feature, key, token, value,
+        capacity, n_rows, n_columns, n_words, WORDS=FILL_WORDS, num_warps=FILL_WARPS,
+    )  # fmt: skip
+    by_feature = torch.sort(key, stable=True)
+    bounds = torch.arange(2 * n_columns + 1, dtype=torch.int32, device=device)
+    feature_start = torch.searchsorted(by_feature.values, bounds, out_int32=True)
+    lists = EntryLists(
+        token_start, active_end, feature, token, value, feature_start, by_feature.indices,
+        token_start[-1] > capacity,
+    )  # fmt: skip
+    return Scanned(l0, sub, fired, lists)
