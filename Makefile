@@ -1,4 +1,4 @@
-# make demo | frontier | ablations | bench | test | test-slurm | test-browser | test-faults | soak | lint | typecheck | clean.
+# make demo | frontier | ablations | bench | test | test-slurm | test-browser | test-faults | soak | lint | typecheck | docs | clean.
 # The environment is .venv, from requirements.lock.
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -8,7 +8,7 @@ CODE_STAMP := .venv/.installed-package
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: demo frontier ablations bench test test-slurm test-browser test-faults soak lint typecheck clean install
+.PHONY: demo frontier ablations bench test test-slurm test-browser test-faults soak lint typecheck docs clean install
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -61,6 +61,19 @@ lint: install
 
 typecheck: install
 	mypy
+
+# Pages and docstrings as a site in build/site; a link to nothing is an error. What builds it has an
+# environment of its own.
+docs:
+	@if ! cmp -s docs/requirements.txt .venv-docs/.installed; then \
+	  $(PYTHON) -m venv --clear .venv-docs && \
+	  .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r docs/requirements.txt && \
+	  cp docs/requirements.txt .venv-docs/.installed; \
+	fi
+	@PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs \
+	  build --strict --config-file docs/site/mkdocs.yml
+	@echo "The documentation: build/site/index.html"
 
 # The stamps hold what was installed and where, so an environment that is up to date is not
 # touched (no network is needed) and one that was moved, which breaks its scripts, is made anew.

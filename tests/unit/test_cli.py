@@ -235,7 +235,9 @@ def test_every_help_ends_with_an_example(name: str) -> None:
     result = CliRunner().invoke(COMMANDS[name], ["--help"], prog_name=name)
     assert result.exit_code == 0
     example = result.output.split("Example:")[1]
-    assert " ".join(example.split()).startswith(name if "-" in name else f"spalf {name} ")
+    assert " ".join(example.split()).startswith(
+        name if name.startswith("spalf-") else f"spalf {name} "
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("spalf-train", "spalf-eval")])

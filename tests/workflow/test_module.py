@@ -32,12 +32,12 @@ rule everything:
 
 @pytest.fixture
 def outer(sweep: Sweep) -> Sweep:
-    """Another project, with its own configuration and a `workflow` package of its own."""
+    """Another project, with its own configuration and a folder `workflow` of its own."""
     text = OUTER.format(root=ROOT)
     (sweep.directory / "Snakefile").write_text(text, encoding="utf-8")
-    package = sweep.directory / "workflow"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('the wrong package')", "utf-8")
+    own = sweep.directory / "workflow"
+    own.mkdir()
+    (own / "steps.py").write_text("raise ImportError('the wrong module')", encoding="utf-8")
     config = {"threshold": 3, "spalf": SMALL}
     (sweep.directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return Sweep(sweep.directory, sweep.directory, sweep.bin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,8 +163,9 @@ def test_reformatted_rule_reruns_nothing(edited: Sweep) -> None:
 def test_revision_reruns_the_step_and_what_follows(edited: Sweep) -> None:
     steps = edited.source / "workflow/steps.py"
     text = steps.read_text(encoding="utf-8")
-    assert '"phase2": 1,' in text
-    steps.write_text(text.replace('"phase2": 1,', '"phase2": 2,'), encoding="utf-8")
+    raised, changes = re.subn(r'"phase2": \d+,', '"phase2": 99,', text)
+    assert changes == 1
+    steps.write_text(raised, encoding="utf-8")
     assert edited.planned() == {"phase2": 2, "evaluate": 2, **REPORT}
 
 
