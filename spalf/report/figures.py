@@ -58,11 +58,12 @@ _CONTROL_PANELS = (
 )
 
 
-def pareto_figures(frontier: Path, out_dir: Path) -> list[Path]:
+def pareto_figures(frontier: Path, out_dir: Path, note: str = "") -> list[Path]:
     """Draw ``pareto.pdf`` and ``pareto.png``: ΔCE and explained variance against L0.
 
     One column of panels a model, one line a method or variant, a point per ``L0_target``: the mean
     over seeds, with the standard deviation over seeds as error bars where there are several.
+    ``note`` is printed below the panels, in red: what is missing.
 
     Raises:
         UserError: ``frontier`` is missing or damaged.
@@ -83,6 +84,8 @@ def pareto_figures(frontier: Path, out_dir: Path) -> list[Path]:
         for row, (_, label, _) in enumerate(_FRONTIER_ROWS):
             panels[row, 0].set_ylabel(label)
         _method_legend(figure, panels[0])
+        if note:
+            figure.supxlabel(note, fontsize=8, color="#B00000")
         return [save(figure, out_dir / f"pareto{suffix}") for suffix in (".pdf", ".png")]
 
 
