@@ -1,4 +1,4 @@
-# make demo | frontier | ablations | bench | test | test-slurm | test-browser | test-faults | soak | lint | typecheck | docs | clean.
+# make demo | paper | frontier | ablations | bench | test | test-slurm | test-browser | test-faults | soak | lint | typecheck | docs | clean.
 # The environment is .venv, from requirements.lock.
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -8,12 +8,17 @@ CODE_STAMP := .venv/.installed-package
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: demo frontier ablations bench test test-slurm test-browser test-faults soak lint typecheck docs clean install
+.PHONY: demo paper frontier ablations bench test test-slurm test-browser test-faults soak lint typecheck docs clean install
 .DEFAULT_GOAL := demo
 
 demo: install
 	@snakemake
 	@echo "The frontier: results/figures/pareto.png; as numbers: results/tables/frontier.csv"
+
+# The demo grid as a manuscript.
+paper: install
+	@snakemake -- paper
+	@echo "The manuscript: results/paper/paper.pdf"
 
 # On a GPU: SPALF beside the baselines, and changed in one thing at a time.
 frontier: $(BENCH_LM)/training.json

@@ -14,6 +14,7 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/imported.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/dashboard.smk"
+include: "workflow/rules/paper.smk"
 
 
 localrules:
@@ -22,6 +23,8 @@ localrules:
     tables,
     figures,
     dashboards,
+    paper,
+    paper_partial,
 
 
 rule all:

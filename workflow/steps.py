@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from spalf.config import EvaluateConfig, RunConfig
+from spalf.config import EvaluateConfig, RunConfig, SweepConfig
 
 REVISIONS = {
     "calibrate": 2,
@@ -28,6 +28,7 @@ REVISIONS = {
     "figures": 2,
     "tables": 2,
     "dashboard": 1,
+    "paper": 1,
 }
 """Raise a step's number by hand when what it computes changes; it and what follows are rerun."""
 
@@ -74,6 +75,12 @@ def settings(step: str, config: RunConfig) -> str:
         config = _with_evaluation_reserve(config)
     data = config.model_dump(mode="json", include=FIELDS[step], exclude_defaults=True)
     return json.dumps({k: v for k, v in data.items() if v != {}}, sort_keys=True)
+
+
+def sweep_settings(sweep: SweepConfig) -> str:
+    """The grid that the manuscript is about, as canonical JSON; how it was executed left out."""
+    data = sweep.model_dump(mode="json", exclude={"runtime"}, exclude_defaults=True)
+    return json.dumps(data, sort_keys=True)
 
 
 def _with_evaluation_reserve(config: RunConfig) -> RunConfig:

@@ -11,7 +11,7 @@ import click
 from spalf.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PARTS = ("Snakefile", "workflow", "config", "environment.yml", "requirements.lock")
+PARTS = ("Snakefile", "workflow", "config", "paper", "environment.yml", "requirements.lock")
 LINKS = {"profiles": Path("workflow", "profiles"), "slurm": Path("workflow", "profiles", "slurm")}
 """What Snakemake looks for beside the Snakefile, and where it is."""
 

@@ -20,6 +20,7 @@ from spalf.cli.options import (
     read_config,
     skipping,
 )
+from spalf.cli.paper import paper
 from spalf.cli.status import status
 from spalf.config import BASELINES
 from spalf.errors import UserError
@@ -268,6 +269,7 @@ spalf.add_command(data)
 spalf.add_command(export)
 spalf.add_command(import_)
 spalf.add_command(init_workflow)
+spalf.add_command(paper)
 spalf.add_command(status)
 
 

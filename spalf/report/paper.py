@@ -214,13 +214,16 @@ def _grid(sweep: SweepConfig) -> dict[str, Any]:
     rows = []
     for name, entry in sweep.models.items():
         config = sweep.run_config(next(cell for cell in sweep.cells() if cell.model == name))
-        sizes = (f"{config.total_tokens:,}", f"{config.batch_size:,}", f"{config.evaluate.tokens:,}")
+        sizes = (
+            f"{config.total_tokens:,}",
+            f"{config.batch_size:,}",
+            f"{config.evaluate.tokens:,}",
+        )
         shown = (str(config.F), f"{config.lr:g}", *sizes)
         rows.append([name, entry.model_name, entry.hook_point, *shown])
-    dataset = sweep.dataset if isinstance(sweep.dataset, str) else sweep.dataset.path
     return {
         "models": rows,
-        "dataset": dataset,
+        "dataset": sweep.dataset.path,
         "L0_target": [f"{target:g}" for target in sweep.grid.L0_target],
         "seed": [str(seed) for seed in sweep.grid.seed],
         "methods": list(sweep.methods),

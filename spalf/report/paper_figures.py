@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from spalf.report.paper_tables import Result
 from spalf.report.records import read_metrics
@@ -17,7 +19,7 @@ PAGE_WIDTH = 6.5
 
 SUFFIXES = (".pdf", ".png")
 
-Colours = Mapping[float, object]
+Colours = Mapping[float, Any]
 
 
 def course_figure(
@@ -39,7 +41,9 @@ def course_figure(
         figure = Figure(figsize=(PAGE_WIDTH, 2.7), layout="constrained")
         left, right = figure.subplots(1, 2)
         for (target, seed), paths in sorted(logs.items()):
-            label = f"L0 target {target:g}" if seed == min(s for t, s in logs if t == target) else ""
+            label = (
+                f"L0 target {target:g}" if seed == min(s for t, s in logs if t == target) else ""
+            )
             for path in paths:
                 log = read_metrics(path)
                 millions = log["tokens"] / 1e6
@@ -51,7 +55,7 @@ def course_figure(
         left.set_yscale("log")
         octave_axis(left.yaxis)
         left.set_ylabel("L0 (active features per token)")
-        right.set_ylabel("multiplier of fidelity, λ (no unit)")
+        right.set_ylabel("λ of fidelity (no unit)")
         for axes in (left, right):
             axes.set_xlabel("training tokens (millions)")
         _finish(figure, left, out_dir / f"course_{model}", note)
@@ -102,6 +106,7 @@ def _sweep_panel(axes: Axes, results: Sequence[Result], colours: Colours) -> Non
     if positive:
         axes.set_yscale("log")
         plain_log_axis(axes.yaxis)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def _colours(targets: Sequence[float]) -> Colours:

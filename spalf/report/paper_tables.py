@@ -121,8 +121,8 @@ def phases_sheet(results: Sequence[Result]) -> Sheet:
 
 def control_sheet(results: Sequence[Result]) -> Sheet:
     """Settling, ∫v² and multipliers of Phase 1, with the slope of the frontier beside λ."""
-    header = (*LABEL, "settled at step", "∫v² fidelity", "∫v² orthog.", "λ fidelity")
-    header += ("slope", "Phase 1 ended by")
+    names = ("settled at step", "∫v² fidelity", "∫v² orthog.", "λ fidelity", "slope")
+    header = (*LABEL, *names, "Phase 1 ended by")
     slopes = frontier_slopes(results)
     rows = []
     for result in results:

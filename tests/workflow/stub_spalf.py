@@ -23,6 +23,7 @@ OUTPUTS = {
     "phase1": (*STATE, "metadata.json", "metrics.jsonl"),
     "phase2": (*STATE, "metadata.json", "metrics.jsonl"),
     "baseline": ("cfg.json", "sae_weights.safetensors", "metadata.json"),
+    "paper": ("numbers.json", "manuscript.typ", "paper.pdf"),
     "aggregate": ("frontier.csv", "phases.csv"),
     "tables": ("frontier.md", "frontier.tex", "phases.md", "phases.tex"),
 }

@@ -38,6 +38,7 @@ if workflow.is_main_process and not workflow.dryrun:
     lock.explain(Path(".snakemake"))
 SWEEP = read_sweep()
 LAUNCH = Path(steps.__file__).with_name("scripts") / "launch.py"
+MANUSCRIPT = Path(steps.__file__).parents[1] / "paper" / "manuscript.typ"
 CALIBRATION = "results/{model}/calibration"
 CELL = "results/{model}/L0_{L0}/seed_{seed}"
 BASELINE = "results/{model}/{method}/L0_{L0}/seed_{seed}"
@@ -215,6 +216,14 @@ def control_arguments():
             f"{cell['model']}={CELL.format(**cell)}/{phase}/metrics.jsonl",
         )
     ]
+
+
+def finished_cells():
+    """Evaluations that are there, and when each was written: a new one makes the paper anew."""
+    paths = of_cells(f"{CELL}/evaluation.json", EVALUATED)
+    paths += of_cells(f"{IMPORT}/evaluation.json", IMPORTED)
+    found = [Path(path) for path in paths if Path(path).exists()]
+    return [f"{path}@{path.stat().st_mtime_ns}" for path in found]
 
 
 def prune_checkpoints():

@@ -1,0 +1,60 @@
+# The manuscript. Nothing else needs it: `snakemake paper`, or `paper_partial` while cells are missing.
+
+
+rule paper:
+    input:
+        rules.aggregate.input,
+        of_cells(f"{CELL}/phase1/metrics.jsonl", PLAIN),
+        of_cells(f"{CELL}/phase2/metrics.jsonl", PLAIN),
+        manuscript=str(MANUSCRIPT),
+    output:
+        numbers="results/paper/numbers.json",
+        pdf="results/paper/paper.pdf",
+    log:
+        "results/paper/logs/paper.log",
+    benchmark:
+        "results/paper/benchmarks/paper.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        revision=steps.REVISIONS["paper"],
+        settings=steps.sweep_settings(SWEEP),
+        out=subpath(output.pdf, parent=True),
+    message:
+        "Numbers, tables, figures and the manuscript"
+    shell:
+        "spalf paper --settings {params.settings:q} --manuscript {input.manuscript:q}"
+        " --out {params.out:q} > {log:q} 2>&1"
+
+
+# Its cells are no inputs, so nothing is trained for it.
+rule paper_partial:
+    input:
+        manuscript=str(MANUSCRIPT),
+    output:
+        numbers="results/paper_partial/numbers.json",
+        pdf="results/paper_partial/paper.pdf",
+    log:
+        "results/paper_partial/logs/paper.log",
+    benchmark:
+        "results/paper_partial/benchmarks/paper.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        revision=steps.REVISIONS["paper"],
+        found=finished_cells(),
+        settings=steps.sweep_settings(SWEEP),
+        out=subpath(output.pdf, parent=True),
+    message:
+        "The manuscript from the cells that are there"
+    shell:
+        "spalf paper --partial --settings {params.settings:q} --manuscript {input.manuscript:q}"
+        " --out {params.out:q} > {log:q} 2>&1"
