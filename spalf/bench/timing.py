@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 
-def median_ms(function: Callable[[], object], repeats: int = 20, warmup: int = 4) -> float:
+def median_ms(function: Callable[[], object], repeats: int = 30, warmup: int = 5) -> float:
     """Median time of one call in milliseconds, by CUDA events."""
     for _ in range(warmup):
         function()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spalf.bench.timing import median_ms
 from spalf.kernels import jumprelu
-
-
-def median_ms(function: Callable[[], object], repeats: int = 30, warmup: int = 5) -> float:
-    """Median time of one call in milliseconds, by CUDA events."""
-    for _ in range(warmup):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def copy_ceiling(like: Tensor) -> float:
