@@ -1,8 +1,6 @@
 """JumpReLU, reference and Triton kernel alike, against closed formulas in float64 (M4, M6, I3).
 
-Without a GPU the kernels run in Triton's interpreter, which must be switched on before triton is
-first imported. Where another module imported it earlier, the kernel cases are skipped here and
-`test_kernel_cases_in_a_fresh_process` runs them all in a process of their own.
+Without a GPU the kernels run in Triton's interpreter, which `tests/conftest.py` switches on.
 """
 
 from __future__ import annotations
@@ -22,16 +20,10 @@ from torch import Tensor
 from spalf.errors import UserError
 from spalf.kernels import choose, jumprelu
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-tl = pytest.importorskip("triton.language")
-KERNEL_RUNS = torch.cuda.is_available() or type(tl.sum).__name__ == "InterpretedFunction"
+pytest.importorskip("triton")
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-needs_kernel = pytest.mark.skipif(
-    not KERNEL_RUNS, reason="triton was imported before its interpreter was switched on"
-)
-IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=needs_kernel)]
+IMPLEMENTATIONS = ["reference", "triton"]
 SURROGATES = ["rectangle", "moreau"]
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (1, 130), (3, 257), (130, 70), (2, 4100)]
@@ -170,7 +162,6 @@ def test_edge_regimes_match_float64(
         assert (found["l0"] == 67).all() and not found["sub"].any()
 
 
-@needs_kernel
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_i3_kernel_agrees_with_reference(dtype: torch.dtype, surrogate: str) -> None:
@@ -416,17 +407,3 @@ def test_importing_the_package_does_not_import_triton() -> None:
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
-
-
-@pytest.mark.skipif(KERNEL_RUNS, reason="the kernel cases run in this process")
-def test_kernel_cases_in_a_fresh_process() -> None:
-    here = Path(__file__).resolve()
-    files = [str(here), str(here.parents[1] / "property" / "test_kernels_property.py")]
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(here.parents[2]),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", *files]
-    done = subprocess.run(
-        command, env=environment, cwd=here.parents[2], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

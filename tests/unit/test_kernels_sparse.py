@@ -1,17 +1,11 @@
 """The SAE on lists of active entries, and the fused Adam, against formulas in float64 (M4, M6, M7).
 
-On a GPU the kernels run there; elsewhere in Triton's interpreter, at sizes it can manage. Where
-another module imported triton without the interpreter, the cases are skipped here and
-`test_the_cases_in_a_fresh_process` runs them in a process of their own.
+On a GPU the kernels run there; elsewhere in Triton's interpreter, at sizes it can manage.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,17 +13,11 @@ from torch import Tensor, nn
 
 from spalf.kernels import Parameters, Plan, autoencode, choose_lists, list_capacity
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
-RUNS = ON_GPU or type(tl.sum).__name__ == "InterpretedFunction"
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 pytestmark = pytest.mark.gpu if ON_GPU else []
-needs_kernel = pytest.mark.skipif(
-    not RUNS, reason="triton was imported before its interpreter was switched on"
-)
 NAMES = ("x", "W_enc", "b_enc", "threshold", "W_dec", "b_dec")
 SIZES = [(9, 70, 24), (1, 130, 8), (5, 64, 33), (270, 3, 8)]
 if ON_GPU:
@@ -124,7 +112,6 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.detach().double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
-@needs_kernel
 @pytest.mark.parametrize("surrogate", ["rectangle", "moreau"])
 @pytest.mark.parametrize("regime", ["mixed", "all dead", "all active"])
 @pytest.mark.parametrize("size", SIZES)
@@ -145,7 +132,6 @@ def test_lists_give_what_the_formulas_give(
         assert error(gradients[name], exact_gradients[name]) <= 2 * native + 2e-6, name
 
 
-@needs_kernel
 def test_grid_has_ties_and_a_tie_is_inactive() -> None:
     case = Case((9, 70, 24))
     pre = case.tensors["x"] @ case.tensors["W_enc"].T + case.tensors["b_enc"]
@@ -155,7 +141,6 @@ def test_grid_has_ties_and_a_tie_is_inactive() -> None:
     assert torch.equal(outputs[1], (pre > case.tensors["threshold"]).float().sum(1))
 
 
-@needs_kernel
 def test_a_second_pass_repeats_the_first_bit_for_bit() -> None:
     case = Case(SIZES[-1] if ON_GPU else (9, 70, 24))
     first, second = (case.run(2**20 if ON_GPU else 2**10) for _ in range(2))
@@ -163,7 +148,6 @@ def test_a_second_pass_repeats_the_first_bit_for_bit() -> None:
     assert all(torch.equal(first[1][n], second[1][n]) for n in NAMES)
 
 
-@needs_kernel
 def test_capacity_changes_nothing_unless_it_is_too_small() -> None:
     case = Case((9, 70, 24))
     roomy, ample, short = (case.run(capacity) for capacity in (2**10, 2**11, 64))
@@ -173,7 +157,6 @@ def test_capacity_changes_nothing_unless_it_is_too_small() -> None:
         assert torch.equal(roomy[1][name], ample[1][name]), name
 
 
-@needs_kernel
 def test_features_with_many_entries_are_summed_in_parts() -> None:
     """600 tokens on a feature that is always active: three segments."""
     case = Case((600, 3, 8), "all active")
@@ -183,7 +166,6 @@ def test_features_with_many_entries_are_summed_in_parts() -> None:
     assert error(gradients["W_enc"], exact["W_enc"]) < 2e-6
 
 
-@needs_kernel
 def test_bfloat16_operands_cost_bfloat16_rounding_only() -> None:
     case = Case((9, 70, 24))
     outputs, gradients, _ = case.run(2**11, precision="bfloat16")
@@ -194,7 +176,6 @@ def test_bfloat16_operands_cost_bfloat16_rounding_only() -> None:
         assert error(gradients[name], exact[name]) <= 2 * error(dense[name], exact[name]) + 1e-2
 
 
-@needs_kernel
 def test_a_nan_is_not_gated_away() -> None:
     case = Case((5, 64, 33))
     case.tensors["x"][2, 0] = float("nan")
@@ -203,7 +184,6 @@ def test_a_nan_is_not_gated_away() -> None:
     assert not outputs[0][[0, 1, 3, 4]].isnan().any()
 
 
-@needs_kernel
 def test_outputs_that_nobody_uses_cost_nothing_going_back() -> None:
     case = Case((5, 64, 33))
     leaves = {n: t.clone().requires_grad_() for n, t in case.tensors.items()}
@@ -217,7 +197,6 @@ def test_outputs_that_nobody_uses_cost_nothing_going_back() -> None:
     assert leaves["W_enc"].grad is None or not leaves["W_enc"].grad.any()
 
 
-@needs_kernel
 @pytest.mark.parametrize("sphere_from", [None, 3])
 def test_fused_adam_is_adam_between_projection_and_normalisation(sphere_from: int | None) -> None:
     from spalf.kernels.triton_adam import AdamScalars, adam, square_norms
@@ -247,7 +226,6 @@ def test_fused_adam_is_adam_between_projection_and_normalisation(sphere_from: in
         torch.testing.assert_close(weight.double(), plain.detach(), rtol=1e-5, atol=1e-6)
 
 
-@needs_kernel
 def test_fused_adam_steps_vectors_and_leaves_everything_where_it_is_frozen() -> None:
     from spalf.kernels.triton_adam import AdamScalars, adam
 
@@ -269,7 +247,6 @@ def test_the_choice_between_lists_and_dense_products_is_explained() -> None:
     assert choose_lists(x, 1000, 5.0, "reference").reason == "asked for"
 
 
-@needs_kernel
 def test_dense_products_are_chosen_where_much_is_active() -> None:
     x = torch.zeros(1, 1, device=DEVICE)
     assert choose_lists(x, 1000, 5.0, "triton").implementation == "triton"
@@ -282,12 +259,3 @@ def test_room_for_the_lists_is_a_power_of_two_and_at_most_everything() -> None:
     assert list_capacity(4096, 32_768, 64.0) == 2**20
     assert list_capacity(4096, 32_768, 64.0, margin=2.0) == 2**21
     assert list_capacity(4, 100, 50.0) == 400
-
-
-@pytest.mark.skipif(RUNS, reason="the cases ran in this process")
-def test_the_cases_in_a_fresh_process() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
