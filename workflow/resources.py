@@ -78,21 +78,45 @@ def threads(config: RunConfig) -> int:
     return 1 if config.runtime.device == "cpu" else 4
 
 
+def took_part(pack: Path, cell: Path, phase: str) -> bool:
+    """Whether a pack has done this phase of a cell, so that its job has only to take the result."""
+    try:
+        diverged = json.loads(pack.read_text(encoding="utf-8"))["diverged"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    kept = cell.glob(f"{phase}.checkpoints/finished_*/metadata.json")
+    return str(cell) not in diverged and any(kept)
+
+
 def gpus(config: RunConfig) -> int | None:
     """One GPU unless the configuration says ``cpu``; ``None`` asks for none."""
     return None if config.runtime.device == "cpu" else 1
 
 
-def memory_mb(step: str, config: RunConfig, attempt: int = 1, site: Site | None = None) -> int:
-    """Memory in MB: program, language model, activation buffer, SAE with Adam's moments.
+def memory_mb(
+    step: str,
+    config: RunConfig,
+    attempt: int = 1,
+    site: Site | None = None,
+    cells: int = 1,
+) -> int:
+    """Memory in MB: program, language model, activation buffer, SAEs with Adam's moments.
 
     Each retry asks for half as much again, in case the last one ran out.
+
+    Args:
+        step: name of the step.
+        config: the run.
+        attempt: 1 at first, one more for each retry.
+        site: see `measured_site`.
+        cells: SAEs trained at once.
     """
     site = site or expected_site(config)
     bytes_per_weight = 4 if config.dtype == "float32" else 2
     weights = _transformer_weights(site) + 2 * site.d_vocab * site.d_model
     logits = 3 * 4 * config.batch_size * min(site.d_vocab, 32 * site.d_model)
-    buffer = 2 * 4 * schedule(config).block_tokens * site.d_model
+    blocks = 3 if config.runtime.overlap else 2
+    buffer = blocks * 4 * schedule(config).block_tokens * site.d_model
     dictionary = 2 * config.F * site.d_model
     sae = {
         "calibrate": 8 * 4 * site.d_model**2,
@@ -101,6 +125,8 @@ def memory_mb(step: str, config: RunConfig, attempt: int = 1, site: Site | None 
         "baseline": len(config.baselines.lrs) * ADAM_BYTES * dictionary
         + 12 * 4 * config.batch_size * config.F,
         "dashboard": 4 * dictionary + 3 * 4 * 16 * 64 * config.F,
+        # Their temporaries come one after the other as well.
+        "pack": cells * ADAM_BYTES * dictionary + 6 * 4 * config.batch_size * config.F,
     }.get(step, ADAM_BYTES * dictionary + 6 * 4 * config.batch_size * config.F)
     needed = 1500e6 + 1.2 * (bytes_per_weight * weights + logits + buffer + sae)
     return math.ceil(needed * (1 + 0.5 * (attempt - 1)) / 1e6)
@@ -112,6 +138,7 @@ def minutes(
     attempt: int = 1,
     site: Site | None = None,
     limit: int | None = None,
+    cells: int = 1,
 ) -> int:
     """Wall-clock minutes to ask for; each retry asks for more.
 
@@ -127,9 +154,10 @@ def minutes(
         site: see `measured_site`.
         limit: the longest the cluster allows; a step that needs longer continues from its
             checkpoint in a retry.
+        cells: SAEs trained at once.
     """
     site = site or expected_site(config)
-    work = _operations(step, config, site)
+    work = _operations(step, config, site, cells)
     if site.tokens_per_second:
         rate = site.tokens_per_second * _per_token(site) / MEASURED_MARGIN
     else:
@@ -148,7 +176,7 @@ def _per_token(site: Site) -> int:
     return 2 * _transformer_weights(site)
 
 
-def _operations(step: str, config: RunConfig, site: Site) -> float:
+def _operations(step: str, config: RunConfig, site: Site, cells: int) -> float:
     """Floating-point operations of a whole step."""
     model, sae = _per_token(site), 12 * config.F * site.d_model
     plan = schedule(config)
@@ -160,6 +188,11 @@ def _operations(step: str, config: RunConfig, site: Site) -> float:
         "init": plan.block_tokens * (model + sae),
         "phase1": plan.phase1_steps * config.batch_size * (model + sae),
         "phase2": plan.phase2_steps * config.batch_size * (3 * model + sae),
+        "pack": config.batch_size
+        * (
+            plan.phase1_steps * (model + cells * sae)
+            + plan.phase2_steps * (model + cells * (2 * model + sae))
+        ),
         "baseline": plan.total_steps
         * config.batch_size
         * (model + 2 * sae * len(config.baselines.lrs)),

@@ -19,9 +19,10 @@ from spalf.config import EvaluateConfig, RunConfig, SweepConfig
 REVISIONS = {
     "calibrate": 2,
     "init": 2,
-    "phase1": 2,
-    "phase2": 2,
-    "baseline": 1,
+    "phase1": 3,
+    "phase2": 3,
+    "pack": 1,
+    "baseline": 2,
     "evaluate": 1,
     "evaluate_baseline": 1,
     "aggregate": 2,
@@ -57,6 +58,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     | {"runtime": {"log_every_steps"}},
     "phase2": {k: v for k, v in _TRAIN.items() if k != "evaluate"}
     | {"runtime": {"log_every_steps"}},
+    "pack": {k: v for k, v in _TRAIN.items() if k not in ("evaluate", "L0_target", "seed")}
+    | {"runtime": {"log_every_steps"}},
     "baseline": _STREAM | _CALIBRATION | _CELL | {"baselines": True},
     "evaluate": {k: v for k, v in _TRAIN.items() if k != "runtime"},
     "evaluate_baseline": _STREAM | _CALIBRATION | _CELL | {"R2_target": True, "evaluate": True},
@@ -79,7 +82,7 @@ def settings(step: str, config: RunConfig) -> str:
 
 def sweep_settings(sweep: SweepConfig) -> str:
     """The grid that the manuscript is about, as canonical JSON; how it was executed left out."""
-    data = sweep.model_dump(mode="json", exclude={"runtime"}, exclude_defaults=True)
+    data = sweep.model_dump(mode="json", exclude={"runtime", "pack"}, exclude_defaults=True)
     return json.dumps(data, sort_keys=True)
 
 

@@ -2,16 +2,18 @@
 
 A stream of blocks b_0, b_1, … is cut into random halves. Chunk 0 is the first half of b_0; chunk k
 is the second half of b_{k−1} together with the first half of b_k, shuffled. So every activation is
-served exactly once, mixed with its neighbours on one side, and only two blocks are ever held. The
+served exactly once, mixed with its neighbours on one side, and only two blocks are ever needed. The
 state at a step is a function of (seed, step): resuming re-harvests two blocks and stores nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from spalf.activations.ring import BlockRing
 
 
 def buffer_position(step: int, batch_size: int, block_tokens: int) -> tuple[int, int]:
@@ -28,45 +30,46 @@ def buffer_position(step: int, batch_size: int, block_tokens: int) -> tuple[int,
 
 
 def mixed_batches(
-    block: Callable[[int], Tensor],
-    *,
-    batch_size: int,
-    block_tokens: int,
-    seed: int,
-    start_step: int = 0,
+    ring: BlockRing, *, batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[Tensor]:
     """Endless batches ``[batch_size, d_model]`` from ``start_step`` on.
 
+    Several of these may draw on one ring, each with its own seed. As long as they keep step with
+    one another every block is harvested once.
+
     Args:
-        block: ``block(k)`` returns the k-th block of the stream, ``[block_tokens, d_model]``.
-        batch_size: activations per batch; ``2·batch_size`` must divide ``block_tokens``, so that
-            no batch straddles two chunks.
-        block_tokens: activations per block, half the buffer.
+        ring: the blocks; ``2·batch_size`` must divide their length, so that no batch straddles two
+            chunks.
+        batch_size: activations per batch.
         seed: chooses the halves and the order within a chunk.
         start_step: index of the first batch yielded.
 
     Raises:
         ValueError: the sizes do not divide.
     """
-    if block_tokens % (2 * batch_size):
-        raise ValueError(f"block_tokens {block_tokens} is no multiple of 2·batch_size {batch_size}")
-    chunk, offset = buffer_position(start_step, batch_size, block_tokens)
-    carried = _half(block(chunk - 1), seed, chunk - 1, second=True) if chunk else None
+    length = ring.block_tokens
+    if length % (2 * batch_size):
+        raise ValueError(f"block_tokens {length} is no multiple of 2·batch_size {batch_size}")
+    chunk, offset = buffer_position(start_step, batch_size, length)
     while True:
-        current = block(chunk)
-        first = _half(current, seed, chunk, second=False)
-        pool = first if carried is None else torch.cat([carried, first])
-        order = _permutation(len(pool), seed, chunk, purpose=1).to(pool.device)
-        for start in range(offset, len(pool), batch_size):
-            yield pool[order[start : start + batch_size]]
-        carried = _half(current, seed, chunk, second=True)
+        rows = _rows_of_chunk(length, seed, chunk).to(ring.device)
+        for start in range(offset, len(rows), batch_size):
+            yield ring.take(chunk, rows[start : start + batch_size])
         chunk, offset = chunk + 1, 0
 
 
-def _half(block: Tensor, seed: int, index: int, *, second: bool) -> Tensor:
-    order = _permutation(len(block), seed, index, purpose=0).to(block.device)
-    middle = len(block) // 2
-    return block[order[middle:] if second else order[:middle]]
+def _rows_of_chunk(length: int, seed: int, chunk: int) -> Tensor:
+    """The rows of a chunk in the order they are served; those of its older block are negative."""
+    newer = _half(length, seed, chunk, second=False)
+    if chunk == 0:
+        return newer[_permutation(len(newer), seed, chunk, purpose=1)]
+    pool = torch.cat([_half(length, seed, chunk - 1, second=True) - length, newer])
+    return pool[_permutation(len(pool), seed, chunk, purpose=1)]
+
+
+def _half(length: int, seed: int, index: int, *, second: bool) -> Tensor:
+    order = _permutation(length, seed, index, purpose=0)
+    return order[length // 2 :] if second else order[: length // 2]
 
 
 def _permutation(length: int, seed: int, index: int, *, purpose: int) -> Tensor:

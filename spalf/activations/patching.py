@@ -48,7 +48,10 @@ def next_token_kl(original: Tensor, patched: Tensor) -> Tensor:
 
 
 def patched_losses(
-    model: LanguageModel, tokens: Tensor, patch: Callable[[Tensor], Tensor]
+    model: LanguageModel,
+    tokens: Tensor,
+    patch: Callable[[Tensor], Tensor],
+    original: Tensor | None = None,
 ) -> Patched:
     """Run the model clean and with ``patch`` at its site; gradient flows into the patch.
 
@@ -56,8 +59,10 @@ def patched_losses(
         model: frozen language model.
         tokens: int64 ``[n_seq, seq_len]``.
         patch: maps the site's activations ``[n_seq, seq_len, d_model]`` to their replacement.
+        original: clean logits ``[n_seq, seq_len, d_vocab]``, where they are known already.
     """
-    with torch.no_grad():
-        original = model.logits(tokens)
+    if original is None:
+        with torch.no_grad():
+            original = model.logits(tokens)
     patched = model.patched_logits(tokens, patch)
     return Patched(next_token_kl(original, patched), next_token_cross_entropy(patched, tokens))

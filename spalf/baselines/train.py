@@ -84,7 +84,7 @@ def train_baseline(
         method: ``batchtopk``, ``topk`` or ``jumprelu``.
         config: the run; its ``F``, ``L0_target``, ``seed``, ``total_tokens``, ``batch_size`` and
             ``baselines`` count.
-        store: activations of the training split, made with ``config.seed``.
+        store: activations of the training split.
         sample: activations ``[tokens, d_model]`` from which the scale of the input is estimated.
         selection: batches of activations on which the rates are compared.
         out: directory of the inference folders, one for each rate.
@@ -112,7 +112,7 @@ def train_baseline(
             torch.manual_seed(config.seed)
             sae = build(method, shape, settings, metadata, device)
             trainers.append(_trainer(sae, config, lr, rate, scale, device))
-    batches = store.batches(config.batch_size, plan.block_tokens)
+    batches = store.batches(config.batch_size, plan.block_tokens, config.seed)
     _fit(trainers, batches, plan.total_steps, on_step)
     tried = [
         _finish(trainer, lr, out / f"lr_{lr:g}", selection, config.L0_target)

@@ -78,7 +78,7 @@ def saelens_step(
 
 
 def _saelens_run(trainer: Any, pool: Pool) -> Callable[[int], None]:
-    batches = pool.batches(pool.batch, 0)
+    batches = pool.batches(pool.batch, 0, 0)
 
     def run(steps: int) -> None:
         for _ in range(steps):

@@ -65,7 +65,14 @@ class Pool:
         self.x += 0.05 * torch.randn(self.x.shape, generator=generator, device=device)
         self.batch = shape.batch
 
-    def batches(self, batch_size: int, block_tokens: int, start_step: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self,
+        batch_size: int,
+        block_tokens: int,
+        seed: int,
+        start_step: int = 0,
+        end_step: int | None = None,
+    ) -> Iterator[Tensor]:
         """Batches ``[batch_size, d_model]`` from ``start_step`` on, for ever."""
         while True:
             first = start_step % POOL_BATCHES * self.batch

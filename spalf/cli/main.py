@@ -12,17 +12,19 @@ from spalf.cli.errors import run_cli
 from spalf.cli.init_workflow import init_workflow
 from spalf.cli.interchange import export, import_
 from spalf.cli.options import (
+    EACH_CELLS_OWN,
     UNUSED_BY_CALIBRATION,
     configuration,
     context_options,
     directory,
     existing_file,
+    finished_only,
     read_config,
     skipping,
 )
 from spalf.cli.paper import paper
 from spalf.cli.status import status
-from spalf.config import BASELINES
+from spalf.config import BASELINES, RunConfig, parse
 from spalf.errors import UserError
 
 EXAMPLES = {
@@ -35,6 +37,10 @@ EXAMPLES = {
     "phase2": (
         "spalf phase2 --config run.yaml --calibration run/calibration --phase1 run/phase1 "
         "--out run/phase2"
+    ),
+    "pack": (
+        "spalf pack --config run.yaml --calibration run/calibration --cell 16 0 run/L0_16 "
+        "--cell 32 0 run/L0_32 --out run/pack.json"
     ),
     "baseline": (
         "spalf baseline --config run.yaml --method batchtopk --calibration run/calibration "
@@ -102,6 +108,7 @@ def init(calibration: Path, out: Path, **options: Any) -> None:
 @step("phase1")
 @configuration
 @skipping
+@finished_only
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
 @click.option("--init", "initial", type=directory, required=True, help="Output of init.")
 @click.option("--out", type=directory, required=True, help="Directory to write.")
@@ -116,6 +123,7 @@ def phase1(calibration: Path, initial: Path, out: Path, **options: Any) -> None:
 @step("phase2")
 @configuration
 @skipping
+@finished_only
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
 @click.option("--phase1", "previous", type=directory, required=True, help="Output of phase1.")
 @click.option("--out", type=directory, required=True, help="Directory to write.")
@@ -125,6 +133,36 @@ def phase2(calibration: Path, previous: Path, out: Path, **options: Any) -> None
     from spalf.steps import phase2 as run
 
     run(config, calibration, previous, out, context)
+
+
+@step("pack")
+@configuration
+@skipping
+@click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option(
+    "--cell",
+    "cells",
+    type=(float, int, directory),
+    multiple=True,
+    required=True,
+    metavar="L0_TARGET SEED DIR",
+    help="A cell; DIR holds its init and gets phase1 and phase2. Give as many as there are.",
+)
+@click.option("--out", type=existing_file, required=True, help="JSON file to write last.")
+def pack(
+    calibration: Path, cells: tuple[tuple[float, int, Path], ...], out: Path, **options: Any
+) -> None:
+    """Train several cells on one stream of activations, as phase1 and phase2 would one by one."""
+    config, context = _start(options, EACH_CELLS_OWN)
+    from spalf.steps import pack as run
+
+    own = {place: _cell(config, target, seed) for target, seed, place in cells}
+    run(own, calibration, out, context)
+
+
+def _cell(config: RunConfig, l0_target: float, seed: int) -> RunConfig:
+    own = {"L0_target": l0_target, "seed": seed}
+    return parse(RunConfig, {**config.model_dump(mode="json"), **own}, "--cell")
 
 
 @step("baseline")

@@ -15,6 +15,9 @@ from spalf.errors import UserError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+EACH_CELLS_OWN = {"L0_target": 1.0}
+"""Required fields that the cells of a pack bring along."""
+
 UNUSED_BY_CALIBRATION = {"F": 2**20, "L0_target": 1.0}
 """Required fields that calibration does not read; one calibration serves every cell."""
 
@@ -64,9 +67,19 @@ def skipping(command: Command) -> Command:
     return option(command)
 
 
+def finished_only(command: Command) -> Command:
+    """``--finished-only``, for the steps that a pack may have done already."""
+    option = click.option(
+        "--finished-only",
+        is_flag=True,
+        help="Take the result of a pack; fail where there is none, instead of training.",
+    )
+    return option(command)
+
+
 def context_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take out of ``options`` what `StepContext` wants to know."""
-    names = ("if_locked", "if_foreign", "skip_nonfinite")
+    names = ("if_locked", "if_foreign", "skip_nonfinite", "finished_only")
     return {name: options.pop(name) for name in names if name in options}
 
 

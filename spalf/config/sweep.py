@@ -140,6 +140,8 @@ class SweepConfig(Frozen):
         methods: what is trained: ``spalf`` and SAELens's baselines.
         variants: changed versions of ``spalf``, by name, such as ablations.
         baselines: how the baselines are trained.
+        pack: whether one job trains all cells of a model, or of a variant, on one stream of
+            activations; the results are the same.
     """
 
     models: Annotated[dict[Name, ModelEntry], Field(min_length=1)]
@@ -152,6 +154,7 @@ class SweepConfig(Frozen):
     method: MethodConfig = MethodConfig()
     constants: StructuralConstants = StructuralConstants()
     baselines: BaselinesConfig = BaselinesConfig()
+    pack: bool = False
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")

@@ -129,6 +129,8 @@ class RuntimeConfig(Frozen):
         precision: operands of the SAE's matrix products in training; ``auto`` takes bfloat16 on a
             GPU and float32 elsewhere. Weights, thresholds, codes and sums are float32 always.
         tf32: allow TF32 matrix products on a GPU, where they are in float32.
+        overlap: harvest the next block of activations while Phase 1 trains on the ones before it;
+            takes half as much room again for activations.
         log_every_steps: steps between rows of the metrics log.
         checkpoint_every_minutes: wall-clock minutes between checkpoints.
         checkpoint_every_steps: steps between checkpoints; ``None`` leaves it to the minutes.
@@ -140,6 +142,7 @@ class RuntimeConfig(Frozen):
     kernel: Literal["auto", "triton", "reference"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     tf32: bool = True
+    overlap: bool = False
     log_every_steps: PositiveInt = 10
     checkpoint_every_minutes: float = Field(default=10.0, gt=0)
     checkpoint_every_steps: PositiveInt | None = None

@@ -118,6 +118,7 @@ def _steps(results: Path) -> Iterator[tuple[Path, str, Path]]:
     """Folder, step and the file that says it is done, for everything that could have started."""
     for series in _series(results):
         yield series / "calibration", "calibrate", series / "calibration" / "metadata.json"
+        yield series, "pack", series / "pack.json"
         for cell in sorted(series.glob("L0_*/seed_*"), key=_numbers):
             for step in CELL_STEPS:
                 outcome = Path("evaluation.json") if step == "evaluate" else Path(step)
@@ -213,6 +214,8 @@ def _wildcards(results: Path, folder: Path, step: str) -> list[str]:
     parts = folder.relative_to(results).parts
     if step == "calibrate":
         return ["/".join(parts[:-1])]
+    if step == "pack":
+        return ["/".join(parts)]
     return ["/".join(parts[:-2]), parts[-2].removeprefix("L0_"), parts[-1].removeprefix("seed_")]
 
 

@@ -6,7 +6,7 @@ from spalf.steps.context import Progress, StepContext
 from spalf.steps.dashboard import dashboard
 from spalf.steps.evaluate import evaluate
 from spalf.steps.initialise import initialise_step
-from spalf.steps.train import phase1, phase2
+from spalf.steps.train import pack, phase1, phase2
 
 __all__ = [
     "Progress",
@@ -16,6 +16,7 @@ __all__ = [
     "dashboard",
     "evaluate",
     "initialise_step",
+    "pack",
     "phase1",
     "phase2",
 ]

@@ -104,11 +104,9 @@ def _train(
         return train_baseline(
             method,
             config,
-            ActivationStore(model, splits.train, config.seed, context.pause_point),
+            ActivationStore(model, splits.train, context.pause_point),
             known.sample,
-            selection_activations(
-                ActivationStore(model, splits.calibration, 0, context.pause_point)
-            ),
+            selection_activations(ActivationStore(model, splits.calibration, context.pause_point)),
             working / "rates",
             on_step=on_step,
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spalf.activations import ActivationStore
+from spalf.activations.store import ORDER
 from spalf.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -101,7 +102,7 @@ def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
         write_json(working / RECORD, sources.to_json())
         tokens = working / tokens_name(calibration_settings(config), sources)
         splits = tokens_of(pinned, model, tokens, context)
-        store = ActivationStore(model, splits.calibration, 0, context.pause_point)
+        store = ActivationStore(model, splits.calibration, context.pause_point)
         checkpoints = CheckpointStore(working, identity, context.if_foreign)
         tensors, facts = _measure(config, store, checkpoints, context)
         metadata = {
@@ -260,7 +261,7 @@ def _gather(
         update = seen.position // SEQUENCES_PER_UPDATE
         taken = min(SEQUENCES_PER_UPDATE, stream.n_sequences - seen.position)
         x = store.harvest(seen.position, taken)
-        tokens = stream.sequences(seen.position, taken, seed=store.seed)
+        tokens = stream.sequences(seen.position, taken, seed=ORDER)
         if seen.covariance.count < SAMPLE_TOKENS:
             seen.sample.append(x)
         seen.covariance.update(x)

@@ -57,6 +57,7 @@ class StepContext:
         if_locked: ``exit`` or ``wait`` where another process is at work on the same output.
         if_foreign: ``refuse`` or ``restart`` where checkpoints of another run are found.
         skip_nonfinite: batches that training may pass over because something was not finite.
+        finished_only: a step that would have to train is an error: a pack was to have done it.
         nothing_to_lose: a block in which the process may be ended at once when it is asked to
             stop, with the status that says "continue later": what can be saved is on the disk.
     """
@@ -68,6 +69,7 @@ class StepContext:
     if_locked: Literal["wait", "exit"] = "exit"
     if_foreign: IfForeign = "refuse"
     skip_nonfinite: int = 0
+    finished_only: bool = False
     nothing_to_lose: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def pause_point(self) -> None:
@@ -231,10 +233,17 @@ class CheckpointClock:
 
     Where a checkpoint takes long, the minutes stretch, so that checkpoints cost less than a
     hundredth of the run. Steps are taken as asked.
+
+    Args:
+        every_minutes: between two checkpoints.
+        every_steps: likewise; ``None`` leaves it to the minutes.
+        share: of the run that checkpoints may take.
     """
 
-    def __init__(self, every_minutes: float, every_steps: int | None) -> None:
-        self._seconds, self._steps = 60 * every_minutes, every_steps
+    def __init__(
+        self, every_minutes: float, every_steps: int | None, share: float = COST_SHARE
+    ) -> None:
+        self._seconds, self._steps, self._share = 60 * every_minutes, every_steps, share
         self._started = self._last = time.monotonic()
         self._spent = 0.0
 
@@ -246,7 +255,7 @@ class CheckpointClock:
         self._last = time.monotonic()
         cost = self._last - before
         self._spent += cost
-        self._seconds = max(self._seconds, cost / COST_SHARE)
+        self._seconds = max(self._seconds, cost / self._share)
         elapsed = self._last - self._started
         logger.debug("checkpoint took %.2f s; %.2f s of %.0f s so far", cost, self._spent, elapsed)
 

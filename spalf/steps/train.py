@@ -2,92 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spalf.activations import ActivationStore
-from spalf.activations.store import HARVEST_TOKENS
-from spalf.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    fingerprint,
-    read_checkpoint,
-    read_metadata,
-    write_checkpoint,
-)
-from spalf.config import RunConfig, describe, schedule
+from spalf.checkpoint import fingerprint, read_checkpoint, read_metadata
+from spalf.config import RunConfig, schedule
 from spalf.controller import initial_state
-from spalf.errors import Diverged, Interrupted, StopRequested, UserError
+from spalf.errors import Diverged, UserError
 from spalf.sae import StratifiedSAE
 from spalf.steps.calibrate import Calibration, load_calibration
-from spalf.steps.context import (
-    CheckpointClock,
-    StepContext,
-    environment,
-    exclusive,
-    finished,
-    training_settings,
-    working_directory,
-)
-from spalf.steps.keep import keep_finished, restore_finished
-from spalf.steps.trackers import Trackers, open_trackers
-from spalf.training.loop import Hooks, phase_end, run_phase
-from spalf.training.metrics import MetricsLog
-from spalf.training.phase import (
-    Phase,
-    enter_phase_two,
-    metric_variance,
-    phase_one,
-    phase_two,
-)
-from spalf.training.state import (
-    TrainState,
-    from_checkpoint,
-    load_sae,
-    make_optimizer,
-    to_checkpoint,
-)
-from spalf.training.trim import threshold_factor, trim_thresholds
-
-logger = logging.getLogger(__name__)
-
-LARGE_TRIM = 0.25
-"""Change of the thresholds above which the trim is worth a warning."""
-TRIM_TOKENS = 65_536
-"""Training tokens on which the thresholds are trimmed at the end of a phase."""
-
-METRICS = "metrics.jsonl"
+from spalf.steps.context import StepContext, exclusive, training_settings, write_json
+from spalf.steps.training import Job, train
+from spalf.training.phase import Phase, enter_phase_two, metric_variance, phase_one, phase_two
+from spalf.training.state import TrainState, from_checkpoint, load_sae, make_optimizer
 
 LAMBDA_START = [4.0, 0.0, 0.0]
 """Multipliers at step 0, in the order of `spalf.constraints.CONSTRAINTS`."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One phase of one cell: configuration, places, and what it must agree with to resume."""
-
-    config: RunConfig
-    out: Path
-    context: StepContext
-    calibration: Calibration
-    identity: dict[str, Any]
-
-    @property
-    def working(self) -> Path:
-        return working_directory(self.out)
-
-    def save(self, store: CheckpointStore, state: TrainState) -> None:
-        """Write a checkpoint of ``state``, with the metrics log as it was then."""
-        saved = to_checkpoint(state, {})
-        _require_finite(saved, state.step)
-        log = {METRICS: self.working / METRICS}
-        store.save(state.step, Checkpoint(saved.tensors, saved.metadata, log))
 
 
 def phase1(
@@ -104,14 +38,8 @@ def phase1(
         Diverged: something was not finite; the state before that step was written.
         Busy: another process is at work on ``out``.
     """
-
-    def start() -> TrainState:
-        return _fresh_state(config, init, context.device)
-
-    def phase_for(state: TrainState, store: ActivationStore) -> Phase:
-        return phase_one(config, store, state.sae)
-
-    _run(_job(config, calibration, {"init": init}, out, context), start, phase_for)
+    known = _calibration(calibration, config, context)
+    _alone(_phase1_job(config, known, init, out, context))
 
 
 def phase2(
@@ -128,7 +56,101 @@ def phase2(
         Diverged: something was not finite; the state before that step was written.
         Busy: another process is at work on ``out``.
     """
+    known = _calibration(calibration, config, context)
+    _alone(_phase2_job(config, known, previous, out, context))
 
+
+def pack(
+    cells: Mapping[Path, RunConfig], calibration: Path, out: Path, context: StepContext
+) -> None:
+    """Take several cells of one site through both phases on one stream of activations.
+
+    Every cell ends as `phase1` and `phase2` would have left it, bit for bit, and resumes from its
+    own checkpoints; but the language model works once for all of them. A cell that diverges does
+    not stop the others: its own Phase 1 or 2, run alone, says what happened.
+
+    Args:
+        cells: directory of each cell, which holds ``init`` and gets ``phase1`` and ``phase2``, and
+            its configuration; they differ in ``L0_target`` and ``seed`` only.
+        calibration: their calibration.
+        out: JSON file to write last: the cells, and the ones that diverged.
+        context: of the step.
+
+    Raises:
+        UserError: an input is missing, damaged or of another run, or the cells do not belong
+            together.
+        Interrupted: asked to stop; checkpoints were written.
+        Busy: another process is at work on one of the cells.
+    """
+    _require_one_stream(cells)
+    with exclusive(out, context):
+        failed = _pack(cells, calibration, context)
+        write_json(out, {"cells": [str(cell) for cell in cells], "diverged": failed})
+
+
+def _pack(
+    cells: Mapping[Path, RunConfig], calibration: Path, context: StepContext
+) -> dict[str, str]:
+    known = _calibration(calibration, next(iter(cells.values())), context)
+    failed: dict[str, str] = {}
+
+    def note(diverged: Mapping[Path, Diverged]) -> None:
+        failed.update({str(path.parent): str(error) for path, error in diverged.items()})
+
+    first = [
+        _phase1_job(config, known, cell / "init", cell / "phase1", context)
+        for cell, config in cells.items()
+    ]
+    note(train(first))
+    second = [
+        _phase2_job(config, known, cell / "phase1", cell / "phase2", context)
+        for cell, config in cells.items()
+        if str(cell) not in failed
+    ]
+    note(train(second))
+    return failed
+
+
+def _alone(job: Job) -> None:
+    for error in train([job]).values():
+        raise error
+
+
+def _calibration(path: Path, config: RunConfig, context: StepContext) -> Calibration:
+    with context.nothing_to_lose():
+        return load_calibration(path, config, context.device)
+
+
+def _require_one_stream(cells: Mapping[Path, RunConfig]) -> None:
+    if not cells:
+        raise UserError("--cell", None, "give at least one cell")
+    own = ("L0_target", "seed")
+    shared = [
+        {k: v for k, v in training_settings(config).items() if k not in own}
+        for config in cells.values()
+    ]
+    for settings in shared[1:]:
+        differing = [key for key in settings if settings[key] != shared[0][key]]
+        if differing:
+            raise UserError("--cell", None, f"cells of one pack cannot differ in {differing[0]}")
+
+
+def _phase1_job(
+    config: RunConfig, known: Calibration, init: Path, out: Path, context: StepContext
+) -> Job:
+    def start() -> TrainState:
+        return _fresh_state(config, init, context.device)
+
+    def phase_for(state: TrainState, store: ActivationStore) -> Phase:
+        return phase_one(config, store, state.sae)
+
+    identity = _identity(config, known, {"init": init})
+    return Job(config, out, context, known, identity, start, phase_for)
+
+
+def _phase2_job(
+    config: RunConfig, known: Calibration, previous: Path, out: Path, context: StepContext
+) -> Job:
     def start() -> TrainState:
         return from_checkpoint(read_checkpoint(previous), config, context.device)
 
@@ -137,24 +159,17 @@ def phase2(
             enter_phase_two(state, config, store)
         return phase_two(config, store, state.sae, max(state.phase1_end, 0) or state.step)
 
-    _run(_job(config, calibration, {"phase1": previous}, out, context), start, phase_for)
+    identity = _identity(config, known, {"phase1": previous})
+    return Job(config, out, context, known, identity, start, phase_for)
 
 
-def _job(
-    config: RunConfig,
-    calibration: Path,
-    inputs: Mapping[str, Path],
-    out: Path,
-    context: StepContext,
-) -> _Job:
-    with context.nothing_to_lose():
-        known = load_calibration(calibration, config, context.device)
+def _identity(config: RunConfig, known: Calibration, inputs: Mapping[str, Path]) -> dict[str, Any]:
     digests: dict[str, Any] = {"calibration": known.digests, **known.sources.inputs()}
     for name, path in inputs.items():
         metadata = read_metadata(path)
         _require_same_run(path, metadata.get("config", {}), training_settings(config))
         digests[name] = metadata["digests"]
-    return _Job(config, out, context, known, fingerprint(training_settings(config), digests))
+    return fingerprint(training_settings(config), digests)
 
 
 def _require_same_run(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -185,140 +200,5 @@ def _fresh_state(config: RunConfig, init: Path, device: torch.device) -> TrainSt
     )
 
 
-def _require_finite(checkpoint: Checkpoint, step: int) -> None:
-    """The last line of defence: a state that is not finite never reaches the disk."""
-    for file in ("model", "optimizer"):
-        for name, value in checkpoint.tensors[file].items():
-            if not value.isfinite().all():
-                remedy = "the checkpoint before it is kept; lower lr, or use dtype float32"
-                raise Diverged(step, f"{name} of the {file}", "after the update", remedy)
-
-
 def _tau_floor(config: RunConfig, sae: StratifiedSAE) -> float:
     return (1 - config.R2_target) * metric_variance(sae, config.method.metric)
-
-
-def _run(
-    job: _Job,
-    start: Callable[[], TrainState],
-    phase_for: Callable[[TrainState, ActivationStore], Phase],
-) -> None:
-    with exclusive(job.out, job.context):
-        if _finished(job):
-            return
-        store = CheckpointStore(job.working, job.identity, job.context.if_foreign)
-        with job.context.nothing_to_lose():
-            saved = store.latest("cpu")
-            if saved:
-                logger.info("resuming %s at step %d", job.out, saved.metadata["state"]["step"])
-                shutil.copyfile(saved.files[METRICS], job.working / METRICS)
-            state = from_checkpoint(saved, job.config, job.context.device) if saved else start()
-        model = job.context.load_model(job.calibration.sources.pinned(job.config))
-        activations = ActivationStore(
-            model, job.calibration.splits.train, job.config.seed, job.context.pause_point
-        )
-        first_row = state.step
-        try:
-            phase = phase_for(state, activations)
-        except StopRequested:  # at the entry to Phase 2, which is made anew
-            raise Interrupted(first_row) from None
-        log = MetricsLog(job.working / METRICS, first_row)
-        trackers = open_trackers(job.config.runtime.trackers, job.out, log.path, job.identity)
-        try:
-            _train(job, state, phase, store, log, trackers)
-            if state.step > phase.first_step:
-                _trim(job, state, phase, activations)
-        except StopRequested:
-            log.sync()
-            job.save(store, state)
-            raise Interrupted(state.step) from None
-        finally:
-            log.close()
-            trackers.close()
-        _publish(job, state)
-        keep_finished(job.out, job.identity, job.context)
-
-
-def _finished(job: _Job) -> bool:
-    """Whether this very step has been completed, by this or another process."""
-    restore_finished(job.out, job.identity)
-    if not (job.out / "metadata.json").exists():
-        return False
-    try:
-        metadata = read_checkpoint(job.out).metadata
-    except UserError as error:
-        logger.warning("training again: %s", error)
-        return False
-    return finished(job.out, metadata.get("fingerprint", {}), job.identity, job.context)
-
-
-def _train(
-    job: _Job,
-    state: TrainState,
-    phase: Phase,
-    store: CheckpointStore,
-    log: MetricsLog,
-    trackers: Trackers,
-) -> None:
-    runtime, plan = job.config.runtime, schedule(job.config)
-    clock = CheckpointClock(runtime.checkpoint_every_minutes, runtime.checkpoint_every_steps)
-    end = phase_end(state, phase, plan) - phase.first_step
-    progress = job.context.progress(f"phase {phase.number}", end, state.step - phase.first_step)
-    last = state.step
-
-    def on_log(row: Mapping[str, float | int]) -> None:
-        nonlocal last
-        log.append(row)
-        trackers.log(row)
-        shown = {"L0": row["l0"], "R2": row["explained_variance"]}
-        shown |= {key.replace("lambda_", "λ_"): row[key] for key in row if key[:7] == "lambda_"}
-        progress.update(int(row["step"]) - last, shown)
-        last = int(row["step"])
-
-    def save(current: TrainState) -> None:
-        with clock.timed():
-            log.sync()
-            job.save(store, current)
-
-    hooks = Hooks(on_log, save, clock.due, job.context.should_stop)
-    try:
-        run_phase(state, phase, job.config, hooks, job.context.skip_nonfinite)
-    finally:
-        progress.close()
-
-
-def _trim(job: _Job, state: TrainState, phase: Phase, store: ActivationStore) -> None:
-    """Bring L0 to its target exactly, unless the run chose fewer features (M14)."""
-    log_tau, floor = float(state.controller.log_tau), phase.gains.log_tau_floor
-    if not job.config.method.setpoint or log_tau <= floor + phase.gains.tolerance:
-        return
-    per_pass = max(1, HARVEST_TOKENS // store.stream.seq_len)
-    passes = max(1, TRIM_TOKENS // (per_pass * store.stream.seq_len))
-    batches = (store.harvest(i * per_pass, per_pass) for i in range(passes))
-    factor = threshold_factor(state.sae, batches, job.config.L0_target)
-    if abs(factor - 1) > LARGE_TRIM:
-        logger.warning(
-            "L0 was off its target at the end of phase %d: every threshold is scaled by %.2f; "
-            "that costs fidelity, and a larger total_tokens or lr would let the controller do it",
-            phase.number,
-            factor,
-        )
-    trim_thresholds(state.sae, factor)
-    state.derived[f"threshold_trim_phase{phase.number}"] = factor
-
-
-def _publish(job: _Job, state: TrainState) -> None:
-    metadata = {
-        "step": f"phase{2 if state.phase == 2 else 1}",
-        "config": training_settings(job.config),
-        "derived": [asdict(row) for row in describe(job.config, state.derived)],
-        "fingerprint": job.identity,
-        "stream": {"step": state.step, "batch_size": job.config.batch_size},
-        "rng": {"kind": "counter-based", "seed": job.config.seed},
-        "environment": environment(job.context),
-    }
-    job.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = to_checkpoint(state, metadata)
-    _require_finite(checkpoint, state.step)
-    log = {METRICS: job.working / METRICS}
-    write_checkpoint(job.out, Checkpoint(checkpoint.tensors, checkpoint.metadata, log))

@@ -116,6 +116,7 @@ class GraphedStep:
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, StepRecord, SAEOutput]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may be harvesting on a stream of its own meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             record, output = self._advance()
         return graph, record, output

@@ -1,10 +1,11 @@
-"""The training loop that serves both phases."""
+"""The training loop that serves both phases, for one SAE or several on one stream."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from spalf.config import RunConfig, Schedule, schedule
 from spalf.controller import ema_value
-from spalf.errors import Diverged, Interrupted
+from spalf.errors import Diverged, Interrupted, StopRequested
 from spalf.training.graph import stepper
 from spalf.training.phase import Phase
 from spalf.training.position import described, stream_position
@@ -45,87 +46,151 @@ class Hooks:
     should_stop: Callable[[], bool]
 
 
-def run_phase(
-    state: TrainState, phase: Phase, config: RunConfig, hooks: Hooks, skip_nonfinite: int = 0
-) -> None:
-    """Train until the phase ends, changing ``state`` in place.
+class PhaseRun:
+    """One SAE's way through a phase, a batch at a time.
 
-    Args:
-        state: at the start of the phase or, on a resume, anywhere within it.
+    Attributes:
+        state: at the start of the phase or, on a resume, anywhere within it; changed in place.
         phase: see `spalf.training.phase`.
         config: the run.
         hooks: logging, checkpoints, interruption.
         skip_nonfinite: batches of the phase that may be passed over because the loss or a
             gradient is not finite; they are recorded in ``state.skipped``.
-
-    Raises:
-        Interrupted: ``hooks.should_stop`` said so; a checkpoint was written first.
-        Diverged: something was not finite; a checkpoint of the state before that step was written.
-        StopRequested: from the stream of batches; ``state`` is between two steps.
     """
-    plan = schedule(config)
-    batches, step = phase.batches(state.step - phase.first_step), stepper(state, phase, config)
-    while state.step < phase_end(state, phase, plan):
-        batch = next(batches)
-        record = step(batch)
+
+    def __init__(
+        self,
+        state: TrainState,
+        phase: Phase,
+        config: RunConfig,
+        hooks: Hooks,
+        skip_nonfinite: int = 0,
+    ) -> None:
+        self.state, self.phase, self.config, self.hooks = state, phase, config, hooks
+        self.skip_nonfinite = skip_nonfinite
+        self._plan = schedule(config)
+        self._step = stepper(state, phase, config)
+        self._batches: Iterator[Tensor] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the phase has ended."""
+        return self.state.step >= phase_end(self.state, self.phase, self._plan)
+
+    def advance(self) -> None:
+        """Take one step, or go back to before one that came to nothing.
+
+        Raises:
+            Interrupted: asked to stop, by ``hooks`` or while batches were harvested; a checkpoint
+                was written first.
+            Diverged: something was not finite; a checkpoint of the state before that step was
+                written.
+        """
+        try:
+            self._advance()
+        except StopRequested:
+            self.save()
+            raise Interrupted(self.state.step) from None
+
+    def _advance(self) -> None:
+        state, hooks = self.state, self.hooks
+        if self._batches is None:
+            self._batches = self._batches_from_here()
+        record = self._step(next(self._batches))
         stop, due = hooks.should_stop(), hooks.checkpoint_due(state.step)
-        logged = state.step % config.runtime.log_every_steps == 0
+        logged = state.step % self.config.runtime.log_every_steps == 0
         checked = state.step % CHECK_EVERY == 0
-        last = state.step == phase_end(state, phase, plan)
         # The device is read only where it is read anyway: no other step waits for it.
-        if (stop or due or logged or checked or last) and state.guard.rewind(state):
+        if (stop or due or logged or checked or self.done) and state.guard.rewind(state):
+            self._batches = None
             if state.guard.overflowed:
                 state.sae.list_margin *= 2
-                batches = phase.batches(state.step - phase.first_step)
             else:
-                batches = pass_over(state, phase, config, hooks, skip_nonfinite)
-            continue
+                self._pass_over()
+            return
         if logged:
-            hooks.log(record_row(state, record, config, max(1, DEAD_TOKENS // config.batch_size)))
-        if checked and phase.may_converge:
-            check_convergence(state, plan)
+            dead_after = max(1, DEAD_TOKENS // self.config.batch_size)
+            hooks.log(record_row(state, record, self.config, dead_after))
+        if checked and self.phase.may_converge:
+            check_convergence(state, self._plan)
         if stop or due:
             hooks.checkpoint(state)
         if stop:
             raise Interrupted(state.step)
 
+    def save(self) -> None:
+        """Write a checkpoint, between two steps."""
+        self.state.guard.rewind(self.state)
+        self.hooks.checkpoint(self.state)
 
-def pass_over(
-    state: TrainState, phase: Phase, config: RunConfig, hooks: Hooks, allowed: int
-) -> Iterator[Tensor]:
-    """Find out what was not finite in the coming batch, and go past it if that is allowed.
+    def _batches_from_here(self) -> Iterator[Tensor]:
+        return self.phase.batches(self.state.step - self.phase.first_step)
+
+    def _pass_over(self) -> None:
+        """Find out what was not finite in the coming batch, and go past it if that is allowed."""
+        state, config, phase = self.state, self.config, self.phase
+        batch = next(self._batches_from_here())
+        tensor = first_non_finite(state, batch, phase, config, self._plan)
+        phase1_end = phase.first_step if phase.number == 2 else None
+        position = stream_position(config, phase1_end, state.step)
+        step = state.step + 1
+        passed_over = sum(found["step"] > phase.first_step for found in state.skipped)
+        if passed_over >= self.skip_nonfinite:
+            self.hooks.checkpoint(state)
+            remedy = (
+                f"the state before it is kept; lower lr = {config.lr:g}, use dtype float32, or go "
+                "past such batches with --skip-nonfinite N"
+            )
+            raise Diverged(step, tensor, described(position), remedy)
+        logger.warning(
+            "%s not finite at step %d (%s): batch skipped", tensor, step, described(position)
+        )
+        state.skipped.append({"step": step, "tensor": tensor, "stream": position})
+        state.step = step
+
+
+def run_phase(
+    state: TrainState, phase: Phase, config: RunConfig, hooks: Hooks, skip_nonfinite: int = 0
+) -> None:
+    """Train until the phase ends, changing ``state`` in place; see `PhaseRun`."""
+    run = PhaseRun(state, phase, config, hooks, skip_nonfinite)
+    while not run.done:
+        run.advance()
+
+
+def run_together(runs: Sequence[PhaseRun]) -> dict[int, Diverged]:
+    """Train several SAEs to the end of their phase, in step with one another.
+
+    Each is trained exactly as it would be alone. As they ask for the same part of the stream at
+    the same time, it is harvested once. Those that are behind, because they resumed from an
+    earlier checkpoint or had to go back, go first until they have caught up.
 
     Args:
-        state: before the batch's step.
-        phase: as for `run_phase`; likewise ``config`` and ``hooks``.
-        config: the run.
-        hooks: logging, checkpoints, interruption.
-        allowed: batches of this phase that may be passed over.
+        runs: of one stream of activations.
 
     Returns:
-        The batches that follow.
+        What went wrong with those that diverged, by their place in ``runs``; the others went on.
 
     Raises:
-        Diverged: as many batches were passed over before; a checkpoint was written.
+        Interrupted: asked to stop; checkpoints of all of them were written first.
     """
-    batches = phase.batches(state.step - phase.first_step)
-    tensor = first_non_finite(state, next(batches), phase, config, schedule(config))
-    phase1_end = phase.first_step if phase.number == 2 else None
-    position = stream_position(config, phase1_end, state.step)
-    step = state.step + 1
-    if sum(found["step"] > phase.first_step for found in state.skipped) >= allowed:
-        hooks.checkpoint(state)
-        remedy = (
-            f"the state before it is kept; lower lr = {config.lr:g}, use dtype float32, or go past "
-            "such batches with --skip-nonfinite N"
-        )
-        raise Diverged(step, tensor, described(position), remedy)
-    logger.warning(
-        "%s not finite at step %d (%s): batch skipped", tensor, step, described(position)
-    )
-    state.skipped.append({"step": step, "tensor": tensor, "stream": position})
-    state.step = step
-    return batches
+    diverged: dict[int, Diverged] = {}
+    while pending := {i: r for i, r in enumerate(runs) if i not in diverged and not r.done}:
+        behind = min(run.state.step for run in pending.values())
+        for index, run in pending.items():
+            if run.state.step > behind:
+                continue
+            try:
+                run.advance()
+            except Diverged as error:
+                diverged[index] = error
+            except Interrupted:
+                for place, other in enumerate(runs):
+                    if other is not run and place not in diverged:
+                        with suppress(Diverged):  # its last good checkpoint is kept
+                            other.save()
+                raise
+    return diverged
 
 
 def phase_end(state: TrainState, phase: Phase, plan: Schedule) -> int:

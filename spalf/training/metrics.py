@@ -33,6 +33,11 @@ class MetricsLog:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._file.closed
+
     def close(self) -> None:
         """Sync and close."""
         self.sync()

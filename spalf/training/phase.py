@@ -79,7 +79,9 @@ def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> 
 
     return Phase(
         number=1,
-        batches=lambda start: store.batches(config.batch_size, plan.block_tokens, start),
+        batches=lambda start: store.batches(
+            config.batch_size, plan.block_tokens, config.seed, start, plan.phase1_steps
+        ),
         observe=observe,
         gains=phase_one_gains(config, plan, sae),
         first_step=0,
@@ -164,7 +166,8 @@ def observe_end_to_end(
         seen.append(state.sae(x.flatten(0, 1), config.L0_target, rows))
         return seen[-1].x_hat.view_as(x)
 
-    kl = patched_losses(store.model, tokens, patch).kl.mean()
+    clean = store.clean_logits(tokens)
+    kl = patched_losses(store.model, tokens, patch, clean).kl.mean()
     error, mse = _reconstruction_errors(state.sae, seen[0], config.method.metric)
     blended = blended_error(error, kl, state.exchange_rate)
     return Observation(seen[0], blended, mse, kl.detach())

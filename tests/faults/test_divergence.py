@@ -24,9 +24,14 @@ def _bad_activations(*steps: int) -> Callable[[], None]:
         batches = ActivationStore.batches
 
         def spoiled(
-            store: ActivationStore, batch_size: int, block_tokens: int, start_step: int = 0
+            store: ActivationStore,
+            batch_size: int,
+            block_tokens: int,
+            seed: int,
+            start_step: int = 0,
+            end_step: int | None = None,
         ) -> Iterator[torch.Tensor]:
-            stream = batches(store, batch_size, block_tokens, start_step)
+            stream = batches(store, batch_size, block_tokens, seed, start_step, end_step)
             for step, batch in enumerate(stream, start=start_step + 1):
                 if step in steps:
                     batch = batch.clone()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -19,24 +22,27 @@ from spalf.activations import (
     patched_losses,
 )
 from spalf.activations import store as store_module
+from spalf.activations.ring import BlockRing, Blocks
+from spalf.errors import StopRequested
 from spalf.models import load_model
 from tests.helpers_planted import D_MODEL, D_VOCAB, SEQ_LEN, PlantedModel, stream
 
 BLOCK, BATCH = 64, 8
 
 
-def numbered(index: int) -> Tensor:
-    """Block k holds the numbers k·BLOCK to (k+1)·BLOCK − 1, one an activation."""
-    return torch.arange(index * BLOCK, (index + 1) * BLOCK, dtype=torch.float32).unsqueeze(1)
+def numbered(index: int) -> Iterator[Tensor]:
+    """Block k holds the numbers k·BLOCK to (k+1)·BLOCK − 1, one an activation; in two parts."""
+    numbers = torch.arange(index * BLOCK, (index + 1) * BLOCK, dtype=torch.float32).unsqueeze(1)
+    yield from numbers.split(BLOCK // 2)
 
 
-def batches(
-    count: int,
-    start: int = 0,
-    seed: int = 0,
-    block: Callable[[int], Tensor] = numbered,
-) -> Tensor:
-    served = mixed_batches(block, batch_size=BATCH, block_tokens=BLOCK, seed=seed, start_step=start)
+def ring(blocks: Blocks = numbered, **options: Any) -> BlockRing:
+    return BlockRing(blocks, BLOCK, torch.device("cpu"), **options)
+
+
+def batches(count: int, start: int = 0, seed: int = 0, blocks: BlockRing | None = None) -> Tensor:
+    drawn_from = ring() if blocks is None else blocks
+    served = mixed_batches(drawn_from, batch_size=BATCH, seed=seed, start_step=start)
     return torch.stack(list(islice(served, count))).squeeze(-1)
 
 
@@ -80,17 +86,96 @@ def test_i9_a_resume_at_any_step_continues_bit_identically() -> None:
 @pytest.mark.parametrize("start", range(0, 40, 3))
 def test_i9_a_resume_asks_for_two_blocks_only(start: int) -> None:
     asked: list[int] = []
-
-    def block(index: int) -> Tensor:
-        asked.append(index)
-        return numbered(index)
-
-    batches(1, start, block=block)
+    batches(1, start, blocks=ring(noting(asked)))
     chunk, _ = buffer_position(start, BATCH, BLOCK)
     assert asked == ([chunk - 1, chunk] if chunk else [0])
     asked.clear()
-    batches(30, start, block=block)
+    batches(30, start, blocks=ring(noting(asked)))
     assert asked == list(range(asked[0], asked[-1] + 1)), "each later block once, in order"
+
+
+def noting(asked: list[int]) -> Blocks:
+    """`numbered`, writing down which blocks are made."""
+
+    def blocks(index: int) -> Iterator[Tensor]:
+        asked.append(index)
+        return numbered(index)
+
+    return blocks
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_runs_in_step_share_every_block(ahead: bool) -> None:
+    asked: list[int] = []
+    shared = ring(noting(asked), ahead=ahead, last=7)
+    served = [mixed_batches(shared, batch_size=BATCH, seed=seed) for seed in (0, 1, 0)]
+    together = torch.stack([torch.stack([next(run) for run in served]) for _ in range(60)])
+    shared.close()
+    for place, seed in enumerate((0, 1, 0)):
+        assert torch.equal(together[:, place].squeeze(-1), batches(60, seed=seed))
+    assert asked == list(range(8)), "chunk 7 is the last of 60 batches"
+
+
+def test_a_run_that_is_behind_gets_its_own_batches() -> None:
+    shared = ring()
+    early, late = (
+        mixed_batches(shared, batch_size=BATCH, seed=0, start_step=start) for start in (0, 30)
+    )
+    one, two = [], []
+    for _ in range(20):
+        one.append(next(early))
+        two.append(next(late))
+    assert torch.equal(torch.stack(one).squeeze(-1), batches(20))
+    assert torch.equal(torch.stack(two).squeeze(-1), batches(20, start=30))
+
+
+@pytest.mark.parametrize("start", [0, 3, 4, 17, 44])
+def test_blocks_harvested_ahead_change_nothing(start: int) -> None:
+    asked: list[int] = []
+    blocks = ring(noting(asked), ahead=True)
+    assert torch.equal(batches(40, start, blocks=blocks), batches(40, start))
+    blocks.close()
+    chunk, _ = buffer_position(start + 39, BATCH, BLOCK)
+    assert asked == list(range(asked[0], asked[-1] + 1)), "each block once, in order"
+    assert asked[-1] <= chunk + 1
+
+
+def test_what_goes_wrong_while_harvesting_ahead_is_raised_where_the_block_is_needed() -> None:
+    def failing(index: int) -> Iterator[Tensor]:
+        if index == 2:
+            raise StopRequested
+        return numbered(index)
+
+    served = mixed_batches(ring(failing, ahead=True), batch_size=BATCH, seed=0)
+    first_of_chunk_two = 4 + 8
+    assert len(list(islice(served, first_of_chunk_two))) == first_of_chunk_two
+    with pytest.raises(StopRequested):
+        next(served)
+
+
+def test_closing_ends_a_harvest_between_two_parts() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    parts: list[int] = []
+
+    def slow(index: int) -> Iterator[Tensor]:
+        for part in numbered(index):
+            if index == 1:
+                begun.set()
+                go_on.wait(10)
+                parts.append(index)
+            yield part
+
+    blocks = ring(slow, ahead=True)
+    batches(1, blocks=blocks)
+    assert begun.wait(10)
+    closing = threading.Thread(target=blocks.close)
+    closing.start()
+    while not blocks.closed:
+        time.sleep(0.001)
+    go_on.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert parts == [1], "the second part was not asked for"
 
 
 def test_batches_do_not_depend_on_the_global_generator_nor_touch_it() -> None:
@@ -116,12 +201,12 @@ def test_positions_in_the_buffer() -> None:
 
 def test_a_batch_may_not_straddle_two_chunks() -> None:
     with pytest.raises(ValueError, match=r"multiple of 2·batch_size"):
-        next(mixed_batches(numbered, batch_size=24, block_tokens=BLOCK, seed=0))
+        next(mixed_batches(ring(), batch_size=24, seed=0))
 
 
 def test_harvest_is_the_same_in_passes_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PlantedModel()
-    store = ActivationStore(model, stream(50, 0), seed=3)
+    store = ActivationStore(model, stream(50, 0))
     whole = store.harvest(7, 13)
     assert whole.shape == (13 * SEQ_LEN, D_MODEL)
     assert torch.equal(whole, model.activations(store.sequences(7, 13)).flatten(0, 1))
@@ -132,9 +217,9 @@ def test_harvest_is_the_same_in_passes_of_any_size(monkeypatch: pytest.MonkeyPat
 
 
 def test_store_batches_are_the_blocks_of_the_training_order() -> None:
-    store = ActivationStore(PlantedModel(), stream(50, 0), seed=3)
+    store = ActivationStore(PlantedModel(), stream(50, 0))
     block_tokens = 8 * SEQ_LEN
-    served = torch.cat(list(islice(store.batches(SEQ_LEN, block_tokens), 4 + 8)))
+    served = torch.cat(list(islice(store.batches(SEQ_LEN, block_tokens, seed=3), 4 + 8)))
     harvested = store.harvest(0, 16)
     key = served @ torch.arange(1.0, D_MODEL + 1)
     known = harvested @ torch.arange(1.0, D_MODEL + 1)
@@ -144,9 +229,17 @@ def test_store_batches_are_the_blocks_of_the_training_order() -> None:
     assert in_first_block.all(), "the whole first block has been served by the end of chunk 1"
 
 
-def test_harvest_follows_the_seed() -> None:
-    one, other = (ActivationStore(PlantedModel(), stream(50, 0), seed) for seed in (0, 1))
-    assert not torch.equal(one.sequences(0, 8), other.sequences(0, 8))
+def test_clean_logits_of_the_latest_sequences_are_worked_out_once() -> None:
+    model = PlantedModel()
+    store = ActivationStore(model, stream(50, 0))
+    tokens = store.sequences(4, 3)
+    assert store.sequences(4, 3) is tokens
+    assert torch.equal(store.clean_logits(tokens), model.logits(tokens))
+    model.calls.clear()
+    store.clean_logits(store.sequences(4, 3))
+    assert not model.calls
+    store.clean_logits(store.sequences(5, 3))
+    assert model.calls == [3]
 
 
 def test_kl_known_answers() -> None:

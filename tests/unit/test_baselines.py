@@ -104,7 +104,7 @@ def test_every_rate_and_phase_one_see_the_same_batches(
     baseline(run, "topk", calibration, tmp_path / "topk", planted.context())
 
     train = TokenSplits.open(calibration / "tokens").train
-    store = ActivationStore(planted.PlantedModel(), train, run.seed)
+    store = ActivationStore(planted.PlantedModel(), train)
     sae = planted.trained_like(store.harvest(0, 64), run.F)
     expected = list(islice(phase_one(run, store, sae).batches(0), 20))
     assert len(seen) == len(LRS)
@@ -161,7 +161,7 @@ def test_no_evaluation_token_is_read(
 
 def test_selection_takes_the_end_of_its_split(calibration: Path) -> None:
     stream = TokenSplits.open(calibration / "tokens").calibration
-    store = ActivationStore(planted.PlantedModel(), stream, 0)
+    store = ActivationStore(planted.PlantedModel(), stream)
     chosen = torch.cat(selection_activations(store))
     per_sequence = stream.seq_len
     expected = store.harvest(stream.n_sequences - 3, 3)

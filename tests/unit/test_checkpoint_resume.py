@@ -75,7 +75,7 @@ def assert_equal(one: TrainState, two: TrainState) -> None:
 def test_i10_continuing_a_loaded_state_equals_continuing(
     init: Path, tmp_path: Path, number: int
 ) -> None:
-    store = ActivationStore(PlantedModel(), stream(4096, 0), CONFIG.seed)
+    store = ActivationStore(PlantedModel(), stream(4096, 0))
     state = _fresh_state(CONFIG, init, CPU)
     phase = phase_one(CONFIG, store, state.sae)
     advance(state, phase, CONFIG, 37)

@@ -78,7 +78,7 @@ def test_threshold_factor_solves_l0_on_the_activations_it_was_given(l0_target: f
 
 def planted_state(config: RunConfig, log_tau: float = 0.7) -> tuple[TrainState, ActivationStore]:
     """The state at the end of a Phase 1 that did nothing but initialise."""
-    store = ActivationStore(PlantedModel(), stream(512, 0), seed=config.seed)
+    store = ActivationStore(PlantedModel(), stream(512, 0))
     return state_for(config, trained_like(store.harvest(0, 256), config.F), log_tau), store
 
 
@@ -146,7 +146,7 @@ def test_i8_phase_two_gradients_reach_decoder_encoder_and_thresholds() -> None:
         model_name="spalf/demo-2l", hook_point="blocks.0.hook_resid_post", steps=1000
     )
     model = load_model(config.model_name, config.hook_point, device="cpu")
-    store = ActivationStore(model, stream(64, 0), seed=0)
+    store = ActivationStore(model, stream(64, 0))
     sae = trained_like(store.harvest(0, 64), config.F)
     state = state_for(config, sae, 0.0)
     state.exchange_rate = torch.ones_like(state.exchange_rate)
@@ -168,7 +168,7 @@ def sae_error(residual: Tensor) -> Tensor:
 def test_phase_two_trains_on_sequences_that_phase_one_has_not_seen() -> None:
     config = planted_config(steps=200)
     plan = schedule(config)
-    store = ActivationStore(PlantedModel(), stream(10_000, 0), seed=0)
+    store = ActivationStore(PlantedModel(), stream(10_000, 0))
     for end in (1, 7, 100, plan.phase1_steps):
         chunk, _ = buffer_position(end - 1, BATCH, plan.block_tokens)
         seen = store.sequences(0, (chunk + 1) * plan.block_tokens // SEQ_LEN)

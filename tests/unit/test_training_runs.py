@@ -271,7 +271,7 @@ def started(calibrations: Any, directory: Path, config: RunConfig) -> tuple[Trai
     """The state before the first step, and its phase."""
     initialise_step(config, calibrations(config), directory / "init", context())
     state = _fresh_state(config, directory / "init", torch.device("cpu"))
-    store = ActivationStore(PlantedModel(), stream(512, 0), 0)
+    store = ActivationStore(PlantedModel(), stream(512, 0))
     return state, phase_one(config, store, state.sae)
 
 
@@ -317,7 +317,7 @@ def fresh_run(config: RunConfig, calibration: Path, tmp_path: Path) -> tuple[Tra
     """A run before its first step."""
     initialise_step(config, calibration, tmp_path / "init", context())
     state = _fresh_state(config, tmp_path / "init", torch.device("cpu"))
-    store = ActivationStore(PlantedModel(), stream(4096, 0), seed=0)
+    store = ActivationStore(PlantedModel(), stream(4096, 0))
     return state, phase_one(config, store, state.sae)
 
 

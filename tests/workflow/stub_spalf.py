@@ -1,10 +1,12 @@
 """Stands in for the ``spalf`` command: writes what each step declares, and notes the call.
 
-Reads ``STUB_CALLS`` (a file that gets one line a call) and ``STUB_FAIL`` (a step that fails).
+Reads ``STUB_CALLS`` (a file that gets one line a call), ``STUB_FAIL`` (a step that fails) and
+``STUB_DIVERGE`` (a cell that a pack has no result of).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -29,17 +31,35 @@ OUTPUTS = {
 }
 
 
+def leave_results_for_the_phases(arguments: list[str], out: Path) -> None:
+    """What a pack leaves behind for the jobs of its cells; ``STUB_DIVERGE`` names one without."""
+    cells = [Path(arguments[i + 3]) for i, word in enumerate(arguments) if word == "--cell"]
+    diverged = {
+        str(cell): "not finite" for cell in cells if str(cell) == os.environ.get("STUB_DIVERGE")
+    }
+    for cell in cells:
+        for phase in ("phase1", "phase2"):
+            if str(cell) not in diverged:
+                kept = cell / f"{phase}.checkpoints" / "finished_0"
+                kept.mkdir(parents=True, exist_ok=True)
+                (kept / "metadata.json").write_text("{}", encoding="utf-8")
+    out.write_text(json.dumps({"diverged": diverged}), encoding="utf-8")
+
+
 def main() -> int:
     step, arguments = sys.argv[1], sys.argv[2:]
     out = Path(arguments[arguments.index("--out") + 1])
     with open(os.environ["STUB_CALLS"], "a", encoding="utf-8") as calls:
         calls.write("\t".join([step, *arguments]) + "\n")
-    if step in ("calibrate", "init", "phase1", "phase2", "baseline", "evaluate"):
+    if step in ("calibrate", "init", "phase1", "phase2", "pack", "baseline", "evaluate"):
         checkpoint = out.with_name(f"{out.stem}.checkpoints") / "step_10"
         checkpoint.mkdir(parents=True, exist_ok=True)
     if step == os.environ.get("STUB_FAIL"):
         sys.stderr.write("the stub was told to fail\n")
         return 1
+    if step == "pack":
+        leave_results_for_the_phases(arguments, out)
+        return 0
     names = OUTPUTS.get(step, ())
     if step == "figures":
         models = {argument.split("=")[0] for argument in arguments if "=" in argument}

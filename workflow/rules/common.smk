@@ -41,6 +41,7 @@ LAUNCH = Path(steps.__file__).with_name("scripts") / "launch.py"
 MANUSCRIPT = Path(steps.__file__).parents[1] / "paper" / "manuscript.typ"
 CALIBRATION = "results/{model}/calibration"
 CELL = "results/{model}/L0_{L0}/seed_{seed}"
+PACK = "results/{model}/pack.json"
 BASELINE = "results/{model}/{method}/L0_{L0}/seed_{seed}"
 IMPORT = "results/{model}/imported/{name}"
 PARAMETERS = ("model", "tensors")
@@ -164,15 +165,74 @@ def site(wildcards):
     return needs.measured_site(Path(path) / "metadata.json")
 
 
+def cells_of(wildcards):
+    """The cells of a model or a variant, which one job trains where cells are packed."""
+    return [cell for cell in CELLS if cell["model"] == wildcards.model]
+
+
+def cells_at_once(step, wildcards):
+    return len(cells_of(wildcards)) if step == "pack" else 1
+
+
 def memory(step):
     return lambda wildcards, attempt: needs.memory_mb(
-        step, run_config(wildcards), attempt, site(wildcards)
+        step,
+        run_config(wildcards),
+        attempt,
+        site(wildcards),
+        cells_at_once(step, wildcards),
     )
 
 
 def minutes(step):
     return lambda wildcards, attempt: needs.minutes(
-        step, run_config(wildcards), attempt, site(wildcards), walltime_limit()
+        step,
+        run_config(wildcards),
+        attempt,
+        site(wildcards),
+        walltime_limit(),
+        cells_at_once(step, wildcards),
+    )
+
+
+def packed(wildcards):
+    """What a cell waits for where one job trains all cells of its model."""
+    return PACK.format(model=wildcards.model) if SWEEP.pack else []
+
+
+def initialised(wildcards):
+    """The initial SAEs of a pack."""
+    names = [f"{name}.safetensors" for name in PARAMETERS] + ["metadata.json"]
+    return [
+        f"{CELL.format(**c)}/init/{name}" for c in cells_of(wildcards) for name in names
+    ]
+
+
+def pack_arguments(wildcards):
+    """``--cell L0 SEED DIRECTORY`` for each cell of a pack."""
+    return [
+        argument
+        for cell in cells_of(wildcards)
+        for argument in ("--cell", cell["L0"], cell["seed"], CELL.format(**cell))
+    ]
+
+
+def is_taken(phase, wildcards):
+    """Whether a pack has done this phase of the cell, so that its job trains nothing."""
+    cell, pack = (
+        Path(place.format(**dict(wildcards.items()))) for place in (CELL, PACK)
+    )
+    return SWEEP.pack and needs.took_part(pack, cell, phase)
+
+
+def gpus_of(phase):
+    return lambda wildcards: None if is_taken(phase, wildcards) else gpus(wildcards)
+
+
+def taking(phase):
+    """What is added to the command of a phase that a pack may have done."""
+    return lambda wildcards: (
+        "--device cpu --finished-only" if is_taken(phase, wildcards) else ""
     )
 
 
@@ -236,15 +296,26 @@ def prune_checkpoints():
     ] + [Path(path) / "baseline" for path in of_cells(CELL, EVALUATED)]
     for path in models + steps_of_cells:
         if (path / "metadata.json").exists():
-            shutil.rmtree(
-                path.with_name(f"{path.name}.checkpoints"), ignore_errors=True
-            )
+            prune(path.with_name(f"{path.name}.checkpoints"))
     pages = of_cells(f"{CELL}/dashboard.html")
     imported = of_cells(f"{IMPORT}/evaluation.json", IMPORTED)
     reports = of_cells(f"{CELL}/evaluation.json", EVALUATED) + imported
     for path in map(Path, reports + pages):
         if path.exists():
-            shutil.rmtree(path.with_suffix(".checkpoints"), ignore_errors=True)
+            prune(path.with_suffix(".checkpoints"))
+
+
+def prune(working):
+    """Remove a step's working directory.
+
+    Second names of results stay where cells are packed: a new cell makes its pack run again, and
+    what depends on the pack finds its result by them.
+    """
+    for path in working.glob("*"):
+        if not (SWEEP.pack and path.name.startswith("finished_")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if working.is_dir() and not any(working.iterdir()):
+        working.rmdir()
 
 
 def note_holder():

@@ -68,10 +68,46 @@ rule init:
         " --calibration {params.calibration:q} --out {params.out:q} > {log:q} 2>&1"
 
 
+# Where cells are packed one job takes all cells of a model, or of a variant, through both phases.
+# The jobs of the phases then find their results, and train nothing.
+rule pack:
+    input:
+        calibrated,
+        initialised,
+        calibration=calibration_of,
+    output:
+        PACK,
+    log:
+        "results/{model}/logs/pack.log",
+    benchmark:
+        "results/{model}/benchmarks/pack.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("pack"),
+        runtime=minutes("pack"),
+        gpu=gpus,
+        execution=execution,
+        launch=launch,
+    params:
+        revision=[steps.REVISIONS[step] for step in ("pack", "phase1", "phase2")],
+        settings=settings("pack"),
+        calibration=subpath(input.calibration, parent=True),
+        cells=pack_arguments,
+    message:
+        "Both phases of every cell of {wildcards.model}"
+    shell:
+        "exec {resources.launch} spalf pack --settings {params.settings:q}"
+        " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
+        " {params.cells:q} --calibration {params.calibration:q} --out {output:q} > {log:q} 2>&1"
+
+
 rule phase1:
     input:
         calibrated,
         rules.init.output.parameters,
+        packed,
         calibration=calibration_of,
         init=rules.init.output.metadata,
     output:
@@ -90,9 +126,10 @@ rule phase1:
     resources:
         mem_mb=memory("phase1"),
         runtime=minutes("phase1"),
-        gpu=gpus,
+        gpu=gpus_of("phase1"),
         execution=execution,
         launch=launch,
+        taking=taking("phase1"),
     params:
         revision=steps.REVISIONS["phase1"],
         settings=settings("phase1"),
@@ -104,6 +141,7 @@ rule phase1:
     shell:
         "exec {resources.launch} spalf phase1 --settings {params.settings:q}"
         " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
+        " {resources.taking}"
         " --calibration {params.calibration:q} --init {params.init:q}"
         " --out {params.out:q} > {log:q} 2>&1"
 
@@ -131,9 +169,10 @@ rule phase2:
     resources:
         mem_mb=memory("phase2"),
         runtime=minutes("phase2"),
-        gpu=gpus,
+        gpu=gpus_of("phase2"),
         execution=execution,
         launch=launch,
+        taking=taking("phase2"),
     params:
         revision=steps.REVISIONS["phase2"],
         settings=settings("phase2"),
@@ -145,6 +184,7 @@ rule phase2:
     shell:
         "exec {resources.launch} spalf phase2 --settings {params.settings:q}"
         " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
+        " {resources.taking}"
         " --calibration {params.calibration:q} --phase1 {params.phase1:q}"
         " --out {params.out:q} > {log:q} 2>&1"
 
