@@ -17,7 +17,7 @@ import yaml
 from spalf.config import EvaluateConfig, RunConfig, SweepConfig
 
 REVISIONS = {
-    "calibrate": 2,
+    "calibrate": 3,
     "init": 2,
     "phase1": 3,
     "phase2": 3,

@@ -2,15 +2,17 @@
 
     python -m spalf.bundled.prepare --out DIR
 
-writes ``DIR/tokenizer`` (byte-level BPE in Hugging Face format, trained on the ``lm`` part of
-``python-stdlib``) and ``DIR/{train,calibration,evaluation}.npy`` with ``tokens.json``, where
-``train`` is that part. `spalf.bundled.train_lm` needs nothing else.
+writes ``DIR/tokenizer`` (byte-level BPE in Hugging Face format, trained on the ``lm`` part of the
+dataset) and ``DIR/{train,calibration,evaluation}.npy`` with ``tokens.json``, where ``train`` is
+that part. `spalf.bundled.train_lm` needs nothing else. The bundled models were made from
+``python-stdlib``; ``--dataset python-packages`` is some twenty times as much text.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from spalf.config import DatasetConfig
 from spalf.data import TokenSplits, documents, split_of, tokenize_dataset
 
 END_OF_TEXT = "<|endoftext|>"
-STDLIB = DatasetConfig(path="python-stdlib")
+TOKENIZER_CHARACTERS = 2**25
+"""Text that a tokenizer is trained on at most: all of the standard library's part and more."""
 
 _log = logging.getLogger(__name__)
 
 
-def train_tokenizer(vocab_size: int, directory: Path) -> Any:
-    """Train a byte-level BPE tokenizer on the ``lm`` part of ``python-stdlib`` and save it."""
+def train_tokenizer(dataset: DatasetConfig, vocab_size: int, directory: Path) -> Any:
+    """Train a byte-level BPE tokenizer on the ``lm`` part of a dataset and save it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,8 +40,7 @@ def train_tokenizer(vocab_size: int, directory: Path) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (document.text for document in documents(STDLIB) if split_of(document.key) == "lm")
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(_texts(dataset), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
@@ -50,12 +52,22 @@ def train_tokenizer(vocab_size: int, directory: Path) -> Any:
     return tokenizer
 
 
-def prepare(out: Path, *, vocab_size: int = 2048, seq_len: int = 256) -> TokenSplits:
+def _texts(dataset: DatasetConfig) -> Iterator[str]:
+    read = 0
+    for document in documents(dataset):
+        if split_of(document.key) == "lm" and read < TOKENIZER_CHARACTERS:
+            read += len(document.text)
+            yield document.text
+
+
+def prepare(
+    dataset: DatasetConfig, out: Path, *, vocab_size: int = 2048, seq_len: int = 256
+) -> TokenSplits:
     """Write the tokenizer and all tokens of the ``lm``, calibration and evaluation parts."""
-    tokenizer = train_tokenizer(vocab_size, out / "tokenizer")
+    tokenizer = train_tokenizer(dataset, vocab_size, out / "tokenizer")
     everything = 2**62
     return tokenize_dataset(
-        STDLIB,
+        dataset,
         tokenizer,
         out,
         seq_len=seq_len,
@@ -71,10 +83,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description="Tokenizer and tokens for the bundled models.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--dataset", default="python-stdlib", help="or python-packages")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--seq-len", type=int, default=256, help="context in tokens")
     args = parser.parse_args()
-    splits = prepare(args.out, vocab_size=args.vocab_size, seq_len=args.seq_len)
+    dataset = DatasetConfig(path=args.dataset)
+    splits = prepare(dataset, args.out, vocab_size=args.vocab_size, seq_len=args.seq_len)
     _log.info("%s", splits.info["splits"])
 
 

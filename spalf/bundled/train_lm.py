@@ -28,6 +28,9 @@ from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
 
+HELD_OUT_TOKENS = 2**20
+"""Held-out tokens on which the loss is measured, at most."""
+
 
 @dataclass(frozen=True)
 class LMConfig:
@@ -182,7 +185,13 @@ def save(model: Any, data_dir: Path, out: Path, record: dict[str, Any]) -> None:
 
 def model_card(record: dict[str, Any]) -> str:
     """The model card, in Markdown, written from ``training.json`` alone."""
-    config = record["config"]
+    config, dataset = record["config"], record.get("dataset", "python-stdlib")
+    python = record["versions"]["python_stdlib"]
+    source = {
+        "python-stdlib": f"Python {python} standard\n  library, chosen by a hash of the path",
+        "python-packages": "packages installed with\n  Python, chosen by a hash of their text",
+    }[dataset]
+    option = "" if dataset == "python-stdlib" else f" --dataset {dataset}"
     return f"""---
 library_name: transformers
 tags: [gpt_neox, text-generation]
@@ -195,8 +204,7 @@ A Pythia-style (GPT-NeoX) language model of {config["layers"]} layers, d_model
 in float16. It exists so that SPALF can be tried without a network; it is no good for anything
 else.
 
-- Data: half of the source files of the Python {record["versions"]["python_stdlib"]} standard
-  library, chosen by a hash of the path ({record["training_tokens"]:,} tokens, context
+- Data: half of the source files of the {source} ({record["training_tokens"]:,} tokens, context
   {record["seq_len"]}). The other half is left for training and evaluating sparse autoencoders.
 - Training: {record["steps"]:,} steps of {config["batch_size"]} sequences ({record["epochs"]:g}
   epochs, {record["tokens_seen"]:,} tokens), AdamW, peak learning rate {config["lr"]:g}, seed
@@ -206,7 +214,7 @@ else.
 - Limits: it has seen Python source code only, and repeats it.
 
 ```
-python -m spalf.bundled.prepare --out DATA
+python -m spalf.bundled.prepare{option} --out DATA
 {record["command"]}
 ```
 """
@@ -256,12 +264,14 @@ def main() -> None:
     info = json.loads((data_dir / "tokens.json").read_text(encoding="utf-8"))
     model = build_model(config, info["vocab_size"], info["eos_token_id"]).to(device)
     data, held_out = (_load(data_dir / f, device) for f in ("train.npy", "evaluation.npy"))
+    held_out = held_out[: max(1, HELD_OUT_TOKENS // info["seq_len"])]
     record = {
         "name": out.name,
         "command": _command(config, out.name),
         "config": asdict(config),
         "vocab_size": info["vocab_size"],
         "seq_len": info["seq_len"],
+        "dataset": info["dataset"]["path"],
         "dataset_fingerprint": info["fingerprint"],
         "parameters": sum(p.numel() for p in model.parameters()),
         **train(model, data, held_out, config),

@@ -15,8 +15,8 @@ import numpy as np
 
 from spalf.config import DatasetConfig
 from spalf.data.journal import Journal, write_atomically
-from spalf.data.sources import Document, documents, is_stdlib, pieces
-from spalf.data.splits import SHARES, STDLIB_SHARES, Part, split_of
+from spalf.data.sources import Document, documents, is_installed, pieces
+from spalf.data.splits import INSTALLED_SHARES, SHARES, Part, split_of
 from spalf.data.tokenised import Ids
 from spalf.data.tokens import INDEX_FILE, TokenSplits
 from spalf.data.writers import SplitWriter, Unusable
@@ -61,7 +61,7 @@ def tokenize_dataset(
         calibration_tokens: tokens wanted for calibration.
         evaluation_tokens: tokens wanted for evaluation.
         part: "lm" draws ``train`` from the documents set aside for the bundled language models
-            (``python-stdlib`` only).
+            (``python-stdlib`` and ``python-packages`` only).
         progress: called with the number of tokens each batch added. If it raises
             `StopRequested`, the position is saved first.
         save_due: asked after each batch, with their number, whether to save the position. Where
@@ -72,8 +72,9 @@ def tokenize_dataset(
         UserError: the dataset cannot be read, or is too small to give each split one sequence.
         StopRequested: from ``progress``.
     """
-    if part == "lm" and not is_stdlib(dataset):
-        raise UserError("dataset", dataset.path, "only python-stdlib has an `lm` part")
+    if part == "lm" and not is_installed(dataset):
+        remedy = "only python-stdlib and python-packages have an `lm` part"
+        raise UserError("dataset", dataset.path, remedy)
     out_dir.mkdir(parents=True, exist_ok=True)
     wanted = {
         "train": train_tokens,
@@ -120,7 +121,7 @@ def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
 
 def _names(dataset: DatasetConfig, part: str) -> Callable[[Document], str | None]:
     """Which file a document goes into, if any."""
-    shares = STDLIB_SHARES if is_stdlib(dataset) else SHARES
+    shares = INSTALLED_SHARES if is_installed(dataset) else SHARES
     files: dict[Part, str] = {"calibration": "calibration", "evaluation": "evaluation"}
     files["lm" if part == "lm" else "train"] = "train"
     return lambda document: files.get(split_of(document.key, shares))

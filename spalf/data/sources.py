@@ -18,6 +18,10 @@ from spalf.hub import hub_reachable
 PYTHON_STDLIB = "python-stdlib"
 """The dataset that every Python has on disk: the source of its own standard library."""
 
+PYTHON_PACKAGES = "python-packages"
+"""The source of the packages installed beside the running Python: larger, and as reproducible as
+the environment is."""
+
 MIN_DOCUMENTS = 256
 """A dataset with fewer documents is cut into pieces, so that no split by document stays empty."""
 
@@ -37,9 +41,9 @@ class Document:
     """One text and the key that decides which split it belongs to.
 
     The key is the relative path for ``python-stdlib``, so that a file stays in its split from one
-    Python release to the next. Elsewhere it is a digest of the text, so that exact duplicates
-    never straddle two splits. Where a dataset is tokenised already, ``ids`` takes the place of
-    ``text``.
+    Python release to the next. Elsewhere, in ``python-packages`` too, it is a digest of the text,
+    so that exact duplicates never straddle two splits. Where a dataset is tokenised already,
+    ``ids`` takes the place of ``text``.
     """
 
     key: str
@@ -47,9 +51,9 @@ class Document:
     ids: Ids | None = field(default=None, compare=False)
 
 
-def is_stdlib(dataset: DatasetConfig) -> bool:
-    """Whether the dataset is the interpreter's own library."""
-    return dataset.path == PYTHON_STDLIB
+def is_installed(dataset: DatasetConfig) -> bool:
+    """Whether the dataset is source code that comes with the running Python."""
+    return dataset.path in (PYTHON_STDLIB, PYTHON_PACKAGES)
 
 
 def is_tokenised(dataset: DatasetConfig) -> bool:
@@ -61,7 +65,7 @@ def is_tokenised(dataset: DatasetConfig) -> bool:
 def is_on_hub(dataset: DatasetConfig) -> bool:
     """Whether the dataset can only be one of the hub."""
     path = Path(dataset.path).expanduser()
-    return not (is_stdlib(dataset) or path.exists() or _looks_local(dataset.path))
+    return not (is_installed(dataset) or path.exists() or _looks_local(dataset.path))
 
 
 def documents(dataset: DatasetConfig) -> Iterator[Document]:
@@ -70,8 +74,10 @@ def documents(dataset: DatasetConfig) -> Iterator[Document]:
     Raises:
         UserError: the dataset is missing, unreachable, unreadable, empty, or has no text column.
     """
-    if is_stdlib(dataset):
+    if dataset.path == PYTHON_STDLIB:
         found = _stdlib_documents()
+    elif dataset.path == PYTHON_PACKAGES:
+        found = _package_documents()
     elif is_tokenised(dataset):
         rows = (row for row in cut_if_few(_token_rows(dataset)) if len(row))
         found = (Document(_digest_of_ids(row), "", row) for row in rows)
@@ -128,6 +134,21 @@ def _stdlib_documents() -> Iterator[Document]:
             continue
         text = files[key].read_text(encoding="utf-8", errors="replace")
         if text.strip():
+            yield Document(key, text)
+
+
+def _package_documents() -> Iterator[Document]:
+    """Source files of installed packages, each text once, ordered by a hash of the path."""
+    roots = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    files = {
+        path.relative_to(root).as_posix(): path for root in roots for path in root.rglob("*.py")
+    }
+    seen: set[str] = set()
+    for name in sorted(files, key=_digest):
+        text = files[name].read_text(encoding="utf-8", errors="replace")
+        key = _digest(text)
+        if text.strip() and key not in seen:
+            seen.add(key)
             yield Document(key, text)
 
 

@@ -13,11 +13,14 @@ Shares = Mapping[Part, int]
 SHARES: Shares = MappingProxyType({"train": 90, "calibration": 5, "evaluation": 5})
 """Percent of the documents in each split."""
 
-STDLIB_SHARES: Shares = MappingProxyType({"lm": 50, "train": 40, "calibration": 5, "evaluation": 5})
-"""The same for ``python-stdlib``, half of which trained the bundled language models."""
+INSTALLED_SHARES: Shares = MappingProxyType(
+    {"lm": 50, "train": 40, "calibration": 5, "evaluation": 5}
+)
+"""The same for source code that comes with Python, half of which is for language models: the
+bundled ones were trained on that half of ``python-stdlib``."""
 
 
-def split_of(key: str, shares: Shares = STDLIB_SHARES) -> Part:
+def split_of(key: str, shares: Shares = INSTALLED_SHARES) -> Part:
     """The split of the document with this key.
 
     Args:

@@ -8,8 +8,8 @@ from itertools import islice
 from typing import Any
 
 from spalf.config import DatasetConfig
-from spalf.data.sources import Document, documents, is_stdlib
-from spalf.data.splits import SHARES, STDLIB_SHARES, split_of
+from spalf.data.sources import Document, documents, is_installed
+from spalf.data.splits import INSTALLED_SHARES, SHARES, split_of
 from spalf.data.tokens import TokenSplits
 
 Decode = Callable[[list[int]], str]
@@ -87,7 +87,7 @@ def summarise_dataset(dataset: DatasetConfig, tokenizer: Any, limit: int) -> lis
     Raises:
         UserError: the dataset cannot be read.
     """
-    shares = STDLIB_SHARES if is_stdlib(dataset) else SHARES
+    shares = INSTALLED_SHARES if is_installed(dataset) else SHARES
     found: dict[str, list[list[int]]] = {name: [] for name in shares}
     for document in islice(documents(dataset), limit):
         ids = _ids(document, tokenizer)

@@ -24,6 +24,11 @@ CALIBRATION_TOKENS = 2**22
 """Cap on the calibration stream: it ends there even if the covariance has not converged (M1)."""
 
 
+EVALUATION_SPREAD = 8
+"""Held-out tokens there are to choose from, for each that is measured on: a random choice among
+many documents says more of a dataset than the whole of a few."""
+
+
 def tokens_name(settings: Mapping[str, Any], sources: Sources) -> str:
     """The directory for tokens of this dataset, model and size; another for any other.
 
@@ -76,7 +81,7 @@ def tokens_of(
             seq_len=config.seq_len,
             train_tokens=config.total_tokens,
             calibration_tokens=CALIBRATION_TOKENS,
-            evaluation_tokens=config.evaluate.tokens,
+            evaluation_tokens=EVALUATION_SPREAD * config.evaluate.tokens,
             progress=progress,
             save_due=clock.due,
         )

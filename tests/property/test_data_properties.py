@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spalf.data import SequenceStream, split_of
 from spalf.data.sources import pieces
-from spalf.data.splits import SHARES, STDLIB_SHARES
+from spalf.data.splits import INSTALLED_SHARES, SHARES
 
 sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**63)
@@ -58,7 +58,7 @@ def test_pieces_join_to_the_text(text: str, size: int) -> None:
 
 
 def test_split_shares() -> None:
-    for shares in (SHARES, STDLIB_SHARES):
+    for shares in (SHARES, INSTALLED_SHARES):
         counts = Counter(split_of(f"key {i}", shares) for i in range(20_000))
         assert set(counts) == set(shares)
         for part, share in shares.items():

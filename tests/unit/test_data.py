@@ -209,6 +209,25 @@ def test_large_vocabulary_is_kept_in_32_bits(jsonl: Path, tmp_path: Path) -> Non
     assert np.load(tmp_path / "out" / "train.npy").dtype == np.int32
 
 
+def test_package_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site-packages"
+    texts = {
+        "one/a.py": "a = 1\n",
+        "one/b.py": "b = 2\n",
+        "two/same.py": "a = 1\n",
+        "two/c.txt": "no",
+    }
+    for name, text in {**texts, "two/empty.py": " \n"}.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text, encoding="utf-8")
+    (site / "two/odd.py").write_bytes(b"# caf\xe9\n")
+    monkeypatch.setattr("spalf.data.sources.sysconfig.get_path", lambda _: str(site))
+    found = list(documents(dataset("python-packages")))
+    assert sorted(document.text for document in found) == ["# caf\ufffd\n", "a = 1\n", "b = 2\n"]
+    assert len({document.key for document in found}) == 3
+    assert found == list(documents(dataset("python-packages")))
+
+
 def test_lm_part_is_disjoint_from_the_rest(tmp_path: Path, monkeypatch: Any) -> None:
     stdlib = [Document(f"{i}.py", f"file {i}") for i in range(600)]
     monkeypatch.setattr("spalf.data.pack.documents", lambda _: iter(stdlib))

@@ -28,6 +28,7 @@ def prepared(tmp_path: Path) -> Path:
         "vocab_size": len(tiny_tokenizer()),
         "eos_token_id": 0,
         "seq_len": SEQ_LEN,
+        "dataset": {"path": "python-stdlib"},
         "fingerprint": "f",
         "python_version": "3.11.0",
     }
