@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from spalf.kernels.dispatch import Choice, Implementation, choose, jumprelu
 from spalf.kernels.reference import Surrogate
+from spalf.kernels.torch_lists import TorchListAutoencode
 
 Precision = Literal["float32", "bfloat16"]
 """Type of the operands of matrix products; sums, codes and parameters are float32."""
@@ -56,14 +57,16 @@ class Plan:
         precision: of the operands of matrix products.
         implementation: of the kernels, see `spalf.kernels.choose`.
         sub_rows: tokens, the first ones, whose sub-threshold mass is wanted.
-        capacity: entries the lists can take; ``None`` computes densely.
+        lists: ``triton`` or ``torch`` for lists of entries; ``None`` computes densely.
+        capacity: entries that lists in Triton can take.
     """
 
     surrogate: Surrogate
     precision: Precision
     implementation: Implementation
     sub_rows: int
-    capacity: int | None
+    lists: Literal["triton", "torch"] | None = None
+    capacity: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,11 @@ def autoencode(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
         parameters: see `Parameters`.
         plan: see `Plan`; both ways compute the same up to rounding.
     """
-    return _dense(x, parameters, plan) if plan.capacity is None else _sparse(x, parameters, plan)
+    if plan.lists is None:
+        return _dense(x, parameters, plan)
+    return (
+        _sparse(x, parameters, plan) if plan.lists == "triton" else _on_a_cpu(x, parameters, plan)
+    )
 
 
 def choose_lists(
@@ -117,10 +124,11 @@ def choose_lists(
         implementation: what the caller asked for.
 
     Returns:
-        ``triton`` for lists, ``reference`` for dense products.
+        ``triton`` or, on a CPU, ``torch`` for lists; ``reference`` for dense products.
     """
     kernels = choose(x, implementation)
-    if kernels.implementation == "reference":
+    on_a_cpu = implementation == "auto" and x.device.type == "cpu"
+    if kernels.implementation == "reference" and not on_a_cpu:
         return kernels
     density = expected_l0 / d_sae
     if density > SPARSE_DENSITY:
@@ -128,7 +136,8 @@ def choose_lists(
             f"{density:.1%} of the entries are active; from {SPARSE_DENSITY:.1%} on dense is faster"
         )
         return Choice("reference", reason)
-    return Choice("triton", f"{density:.2%} of the entries are active")
+    reason = f"{density:.2%} of the entries are active"
+    return Choice("torch" if on_a_cpu else "triton", reason)
 
 
 def list_capacity(tokens: int, d_sae: int, expected_l0: float, margin: float = 1.0) -> int:
@@ -157,6 +166,14 @@ def _dense(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
     fired = (z.detach() > 0).any(dim=0)
     overflow = torch.zeros((), dtype=torch.bool, device=x.device)
     return Autoencoded(x_hat, l0, sub[: plan.sub_rows], fired, overflow, pre.detach(), None)
+
+
+def _on_a_cpu(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
+    x_hat, l0, sub, fired, pre = TorchListAutoencode.apply(
+        x, *parameters[:6], plan.surrogate, plan.sub_rows
+    )
+    overflow = torch.zeros((), dtype=torch.bool, device=x.device)
+    return Autoencoded(x_hat, l0, sub, fired, overflow, pre, None)
 
 
 def _sparse(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
@@ -196,7 +213,6 @@ class SparseAutoencode(torch.autograd.Function):
         raw = inputs @ encoder.T
         moreau = plan.surrogate == "moreau"
         lower = threshold if moreau else threshold - 0.5 * bandwidth
-        assert plan.capacity is not None
         found = triton_lists.scan(raw, b_enc, threshold, lower, plan.sub_rows, plan.capacity)
         lists = found.lists
         x_hat = triton_sparse.decode(lists, lists.value, decoder, b_dec, threshold)

@@ -20,9 +20,12 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Choice(NamedTuple):
-    """An implementation and why it was chosen, in words fit for a log line."""
+    """An implementation and why it was chosen, in words fit for a log line.
 
-    implementation: Literal["triton", "reference"]
+    ``torch`` is the choice of `spalf.kernels.choose_lists` alone: lists of entries in PyTorch.
+    """
+
+    implementation: Literal["triton", "torch", "reference"]
     reason: str
 
 

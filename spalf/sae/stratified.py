@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -147,13 +148,13 @@ class StratifiedSAE(nn.Module):
             sub_rows: tokens, the first ones, whose sub-threshold mass is wanted; ``None`` for all.
         """
         tokens = x.shape[0]
-        capacity = None if expected_l0 is None else self.capacity_for(tokens, expected_l0)
-        operands = None if capacity is None else self._operands()
+        lists, capacity = self._lists_for(tokens, expected_l0)
+        operands = self._operands() if lists == "triton" else None
         parameters = Parameters(
             self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec, self.bandwidth, operands
         )
         rows = tokens if sub_rows is None else min(sub_rows, tokens)
-        plan = Plan(self.surrogate, self.precision, self.kernel, rows, capacity)
+        plan = Plan(self.surrogate, self.precision, self.kernel, rows, lists, capacity)
         encoded = autoencode(self.whitener.whiten(x), parameters, plan)
         return SAEOutput(x / self.scale - encoded.x_hat, encoded, self.scale)
 
@@ -177,11 +178,21 @@ class StratifiedSAE(nn.Module):
         return self._copies[parameter][0] if parameter in self._copies else None
 
     def capacity_for(self, tokens: int, expected_l0: float) -> int | None:
-        """Room that lists of active entries are given; ``None`` where dense products serve."""
-        choice = choose_lists(self.W_dec, self.d_sae, expected_l0, self.kernel)
-        if choice.implementation == "reference":
-            return None
-        return list_capacity(tokens, self.d_sae, expected_l0, self.list_margin)
+        """Room that lists of active entries have in Triton; ``None`` where others serve."""
+        lists, capacity = self._lists_for(tokens, expected_l0)
+        return capacity if lists == "triton" else None
+
+    def _lists_for(
+        self, tokens: int, expected_l0: float | None
+    ) -> tuple[Literal["triton", "torch"] | None, int]:
+        """Which lists of active entries serve a batch, and the room they have."""
+        if expected_l0 is None:
+            return None, 0
+        chosen = choose_lists(self.W_dec, self.d_sae, expected_l0, self.kernel).implementation
+        in_float32 = self.precision == "float32"
+        if chosen == "reference" or (chosen == "torch" and not in_float32):
+            return None, 0
+        return chosen, list_capacity(tokens, self.d_sae, expected_l0, self.list_margin)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of activations: ``[..., d_model]`` → ``[..., d_sae]``, in units of ``scale``."""

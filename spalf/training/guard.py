@@ -61,13 +61,10 @@ class FiniteGuard:
         return torch.where(self._found != 0, before, after)
 
     def update(self, optimizer: torch.optim.Adam) -> None:
-        """Step the optimiser unless the run is frozen."""
-        if optimizer.defaults["fused"]:
-            # Read by the fused kernel itself, as a gradient scaler would set it.
-            optimizer.found_inf = self._found  # type: ignore[attr-defined]
-            optimizer.step()
-        elif not self._found.item():
-            optimizer.step()
+        """Step the optimiser, which is a fused one, unless the run is frozen."""
+        # Read by the fused kernel itself, as a gradient scaler would set it.
+        optimizer.found_inf = self._found  # type: ignore[attr-defined]
+        optimizer.step()
 
     def rewind(self, state: TrainState) -> bool:
         """Put ``state`` back to before the first bad step since the last call, if there was one.

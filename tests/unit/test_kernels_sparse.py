@@ -16,6 +16,7 @@ from spalf.kernels import Parameters, Plan, autoencode, choose_lists, list_capac
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+LISTS = ["triton"] if ON_GPU else ["triton", "torch"]
 
 pytestmark = pytest.mark.gpu if ON_GPU else []
 NAMES = ("x", "W_enc", "b_enc", "threshold", "W_dec", "b_dec")
@@ -63,12 +64,18 @@ class Case:
         )
 
     def run(
-        self, capacity: int | None, surrogate: str = "rectangle", precision: str = "float32"
+        self,
+        capacity: int | None,
+        surrogate: str = "rectangle",
+        precision: str = "float32",
+        lists: str = "triton",
     ) -> tuple[list[Tensor], dict[str, Tensor], object]:
+        """Outputs, gradients and all else of a pass on lists; dense where capacity is ``None``."""
         leaves = {n: t.clone().requires_grad_() for n, t in self.tensors.items()}
         parameters = Parameters(*(leaves[n] for n in NAMES[1:]), self.bandwidth)
         kernel = "reference" if capacity is None else "triton"
-        plan = Plan(surrogate, precision, kernel, self.sub_rows, capacity)  # type: ignore[arg-type]
+        room = (None, 0) if capacity is None else (lists, capacity)
+        plan = Plan(surrogate, precision, kernel, self.sub_rows, *room)  # type: ignore[arg-type]
         out = autoencode(leaves["x"], parameters, plan)
         outputs = [out.x_hat, out.l0, out.subthreshold]
         torch.autograd.backward(outputs, self.back)
@@ -112,16 +119,17 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.detach().double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
+@pytest.mark.parametrize("lists", LISTS)
 @pytest.mark.parametrize("surrogate", ["rectangle", "moreau"])
 @pytest.mark.parametrize("regime", ["mixed", "all dead", "all active"])
 @pytest.mark.parametrize("size", SIZES)
 def test_lists_give_what_the_formulas_give(
-    size: tuple[int, int, int], regime: str, surrogate: str
+    size: tuple[int, int, int], regime: str, surrogate: str, lists: str
 ) -> None:
     if regime == "all active" and size[0] * size[1] > 2**20:
         pytest.skip("lists of everything at this size are what the dense path is for")
     case = Case(size, regime)
-    outputs, gradients, _ = case.run(size[0] * size[1], surrogate)
+    outputs, gradients, _ = case.run(size[0] * size[1], surrogate, lists=lists)
     dense_outputs, dense_gradients, _ = case.run(None, surrogate)
     exact_outputs, exact_gradients = case.exact(surrogate)
     for found, dense, exact in zip(outputs, dense_outputs, exact_outputs, strict=True):
@@ -132,18 +140,20 @@ def test_lists_give_what_the_formulas_give(
         assert error(gradients[name], exact_gradients[name]) <= 2 * native + 2e-6, name
 
 
-def test_grid_has_ties_and_a_tie_is_inactive() -> None:
+@pytest.mark.parametrize("lists", LISTS)
+def test_grid_has_ties_and_a_tie_is_inactive(lists: str) -> None:
     case = Case((9, 70, 24))
     pre = case.tensors["x"] @ case.tensors["W_enc"].T + case.tensors["b_enc"]
     ties = pre == case.tensors["threshold"]
     assert ties.any()
-    outputs, _, _ = case.run(2**11)
+    outputs, _, _ = case.run(2**11, lists=lists)
     assert torch.equal(outputs[1], (pre > case.tensors["threshold"]).float().sum(1))
 
 
-def test_a_second_pass_repeats_the_first_bit_for_bit() -> None:
+@pytest.mark.parametrize("lists", LISTS)
+def test_a_second_pass_repeats_the_first_bit_for_bit(lists: str) -> None:
     case = Case(SIZES[-1] if ON_GPU else (9, 70, 24))
-    first, second = (case.run(2**20 if ON_GPU else 2**10) for _ in range(2))
+    first, second = (case.run(2**20 if ON_GPU else 2**10, lists=lists) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
     assert all(torch.equal(first[1][n], second[1][n]) for n in NAMES)
 
@@ -176,19 +186,21 @@ def test_bfloat16_operands_cost_bfloat16_rounding_only() -> None:
         assert error(gradients[name], exact[name]) <= 2 * error(dense[name], exact[name]) + 1e-2
 
 
-def test_a_nan_is_not_gated_away() -> None:
+@pytest.mark.parametrize("lists", LISTS)
+def test_a_nan_is_not_gated_away(lists: str) -> None:
     case = Case((5, 64, 33))
     case.tensors["x"][2, 0] = float("nan")
-    outputs, _, _ = case.run(2**12)
+    outputs, _, _ = case.run(2**12, lists=lists)
     assert outputs[0][2].isnan().all()
     assert not outputs[0][[0, 1, 3, 4]].isnan().any()
 
 
-def test_outputs_that_nobody_uses_cost_nothing_going_back() -> None:
+@pytest.mark.parametrize("lists", LISTS)
+def test_outputs_that_nobody_uses_cost_nothing_going_back(lists: str) -> None:
     case = Case((5, 64, 33))
     leaves = {n: t.clone().requires_grad_() for n, t in case.tensors.items()}
     parameters = Parameters(*(leaves[n] for n in NAMES[1:]), case.bandwidth)
-    plan = Plan("rectangle", "float32", "triton", 5, 2**12)
+    plan = Plan("rectangle", "float32", "triton", 5, lists, 2**12)  # type: ignore[arg-type]
     autoencode(leaves["x"], parameters, plan).l0.sum().backward()
     pre = case.tensors["x"] @ case.tensors["W_enc"].T + case.tensors["b_enc"]
     near = ((pre - case.tensors["threshold"]).abs() < case.bandwidth / 2).float().sum(0)
@@ -243,8 +255,9 @@ def test_fused_adam_steps_vectors_and_leaves_everything_where_it_is_frozen() -> 
 
 def test_the_choice_between_lists_and_dense_products_is_explained() -> None:
     x = torch.zeros(1, 1)
-    assert "not on a CUDA device" in choose_lists(x, 1000, 5.0, "auto").reason
-    assert choose_lists(x, 1000, 5.0, "reference").reason == "asked for"
+    assert choose_lists(x, 1000, 5.0, "auto") == ("torch", "0.50% of the entries are active")
+    assert choose_lists(x, 1000, 500.0, "auto").implementation == "reference"
+    assert choose_lists(x, 1000, 5.0, "reference") == ("reference", "asked for")
 
 
 def test_dense_products_are_chosen_where_much_is_active() -> None:
