@@ -19,6 +19,8 @@ import torch
 
 from spalf.baselines import require_saelens
 from spalf.bench.contestants import SETTLING_STEPS, Timing, saelens_step, spalf_step
+from spalf.bench.end_to_end import DEMO_4L, PYTHIA_410M, LMShape
+from spalf.bench.end_to_end import measurements as end_to_end
 from spalf.bench.floor import ceilings
 from spalf.bench.problem import Shape
 from spalf.bench.report import write_report
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MAIN = Shape(d_model=2048, F=32_768, L0=64, batch=4096)
 CPU_SHAPE = Shape(d_model=128, F=2048, L0=16, batch=1024)
+LM_SHAPE = Shape(d_model=1024, F=16_384, L0=64, batch=4096)
+CPU_LM_SHAPE = Shape(d_model=128, F=1024, L0=16, batch=1024)
 SCALING = {
     "F": [Shape(2048, F, 64, 4096) for F in (4096, 8192, 16_384, 65_536, 131_072)],
     "d_model": [Shape(d, 32_768, 64, 4096) for d in (512, 1024, 4096)],
@@ -66,6 +70,7 @@ def measurements(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     for precision, kernel in (("float32", "auto"), ("bfloat16", "reference")):
         timing = _spalf(MAIN, device, settle, precision=precision, kernel=kernel)
         yield _record(f"spalf {precision} {kernel}", "main", MAIN, timing)
+    yield from _end_to_end(PYTHIA_410M, LM_SHAPE, device, steps=128)
     for axis, shapes in SCALING.items():
         for shape in shapes[:2] if quick else shapes:
             yield _record("spalf", axis, shape, _spalf(shape, device, 300))
@@ -79,6 +84,21 @@ def _cpu(device: torch.device) -> Iterator[dict[str, Any]]:
     for method in ("jumprelu", "batchtopk", "topk"):
         timing = saelens_step(method, CPU_SHAPE, device, autocast=False, steps=40, repeats=5)
         yield _record(f"saelens {method}", "cpu", CPU_SHAPE, timing)
+    yield from _end_to_end(DEMO_4L, CPU_LM_SHAPE, device, steps=16)
+
+
+def _end_to_end(
+    lm: LMShape, shape: Shape, device: torch.device, steps: int
+) -> Iterator[dict[str, Any]]:
+    for row in end_to_end(lm, shape, device, steps):
+        logger.info("end to end: %s", row)
+        tokens = shape.batch * row.get("cells", 1)
+        yield {
+            **row,
+            "axis": "end to end",
+            **asdict(shape),
+            "tokens_per_s": tokens / row["ms"] * 1e3,
+        }
 
 
 def _spalf(shape: Shape, device: torch.device, settle: int, **options: str) -> Timing:

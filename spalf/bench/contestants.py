@@ -10,7 +10,7 @@ import torch
 
 from spalf.baselines.recipes import Shape as BaselineShape
 from spalf.baselines.recipes import build, hyperparameters
-from spalf.bench.problem import Pool, Shape, config_for, state_at_target, train
+from spalf.bench.problem import Pool, Shape, config_for, run_on, train
 from spalf.bench.timing import steps_ms
 
 SETTLING_STEPS = 1500
@@ -38,7 +38,7 @@ def spalf_step(
     """Time SPALF's real loop; ``options`` are runtime settings."""
     pool = Pool(shape, device)
     config = config_for(shape, **options)
-    state, phase = state_at_target(config, pool)
+    state, phase = run_on(config, pool)
     train(state, phase, config, settle)
     base = _start_counting(device, pool)
     ms = steps_ms(lambda n: train(state, phase, config, n), steps, repeats, device)

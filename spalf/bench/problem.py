@@ -99,25 +99,35 @@ def config_for(shape: Shape, precision: str = "auto", kernel: str = "auto") -> R
     )
 
 
-def state_at_target(config: RunConfig, pool: Pool) -> tuple[TrainState, Phase]:
-    """A run past the ramp of its L0, with thresholds at which L0 is what it should be."""
-    device, plan = pool.x.device, schedule(config)
-    moments = RunningCovariance(pool.x.shape[1], device)
-    moments.update(pool.x)
+def run_on(config: RunConfig, pool: Pool) -> tuple[TrainState, Phase]:
+    """A run on the batches of a pool, past the ramp of its L0."""
+    state = state_at_target(config, pool.x)
+    return state, phase_one(config, pool, state.sae)  # type: ignore[arg-type]
+
+
+def state_at_target(config: RunConfig, x: Tensor) -> TrainState:
+    """A run past the ramp of its L0, with thresholds at which L0 is what it should be.
+
+    Args:
+        config: the run.
+        x: activations ``[tokens, d_model]`` like those it will see.
+    """
+    device, plan, width = x.device, schedule(config), x.shape[1]
+    moments = RunningCovariance(width, device)
+    moments.update(x)
     found, constants = moments.moments(), config.constants
     whitener = SoftZCA.fit(found, constants.kappa, constants.delta_rank)
-    scale = (found.variance / pool.x.shape[1]) ** 0.5
-    anchors = torch.zeros(0, pool.x.shape[1], device=device)
+    scale = (found.variance / width) ** 0.5
+    anchors = torch.zeros(0, width, device=device)
     kernel = config.runtime.kernel
     sae = StratifiedSAE(whitener, config.F, anchors, scale, config.method.surrogate, kernel)
     precision = config.runtime.precision
     sae.precision = "float32" if precision == "float32" or device.type == "cpu" else "bfloat16"
-    sample = pool.x[: min(len(pool.x), 4096)]
     report = initialise(
-        sae, sample, l0_start=config.L0_target, c_eps=config.constants.c_eps,
+        sae, x[:4096], l0_start=config.L0_target, c_eps=config.constants.c_eps,
         encoder_init=config.method.encoder_init, seed=config.seed,
     )  # fmt: skip
-    state = TrainState(
+    return TrainState(
         sae=sae,
         optimizer=make_optimizer(sae, config.lr),
         controller=initial_state([4.0, 0.0, 0.0], math.log(report.first_mse / 2), device),
@@ -129,19 +139,21 @@ def state_at_target(config: RunConfig, pool: Pool) -> tuple[TrainState, Phase]:
         stale=torch.zeros(config.F, dtype=torch.int64, device=device),
         exchange_rate=torch.full((), torch.nan, dtype=torch.float64, device=device),
     )
-    return state, phase_one(config, pool, sae)  # type: ignore[arg-type]
 
 
 def train(state: TrainState, phase: Phase, config: RunConfig, steps: int) -> list[dict[str, float]]:
     """Train ``steps`` steps with the real loop; the rows it logs."""
     rows: list[dict[str, float]] = []
-    hooks = Hooks(
+    short = replace(phase, last_step=state.step + steps, may_converge=False)
+    run_phase(state, short, config, quiet(rows))
+    return rows
+
+
+def quiet(rows: list[dict[str, float]]) -> Hooks:
+    """A loop that logs into a list and saves nothing."""
+    return Hooks(
         log=lambda row: rows.append(dict(row)),
         checkpoint=lambda _: None,
         checkpoint_due=lambda _: False,
         should_stop=lambda: False,
     )
-    run_phase(
-        state, replace(phase, last_step=state.step + steps, may_converge=False), config, hooks
-    )
-    return rows

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 COLUMNS = ["what", "axis", "d_model", "F", "L0", "batch", "ms", "tokens_per_s", "peak_gib", "l0"]
 
@@ -18,7 +19,7 @@ def write_report(out: Path, hardware: Mapping[str, str], rows: Sequence[Mapping[
     """Write what is measured so far; what follows overwrites it."""
     text = json.dumps({"hardware": hardware, "rows": list(rows)}, indent=1)
     (out / "bench.json").write_text(text + "\n", encoding="utf-8")
-    timed = [row for row in rows if "ms" in row]
+    timed = [row for row in rows if "ms" in row and row["axis"] != "end to end"]
     if not timed:
         return
     table = pd.DataFrame(timed)[COLUMNS]
@@ -31,8 +32,49 @@ def write_report(out: Path, hardware: Mapping[str, str], rows: Sequence[Mapping[
         for row in rows
         if row["what"] == "ceilings"
     ]
+    lines += _floor_reached(rows) + _end_to_end(rows)
     (out / "bench.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(table, heading).savefig(out / "bench.png", dpi=150, metadata={"Software": None})
+
+
+def _floor_reached(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    floors = [row["floor_ms"] for row in rows if row["what"] == "ceilings"]
+    steps = [row["ms"] for row in rows if row["what"] == "spalf" and row["axis"] == "main"]
+    if not floors or not steps:
+        return []
+    return [f"SPALF's step is at {floors[0] / steps[0]:.2f} of the floor."]
+
+
+def _end_to_end(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """With the language model in the loop: a table, and what follows from it."""
+    found = [row for row in rows if row.get("axis") == "end to end"]
+    if not found:
+        return []
+    shape = found[0]
+    head = (
+        f"With the language model in the loop (d {shape['d_model']}, F {shape['F']}, "
+        f"L0 {shape['L0']}, batch {shape['batch']}):"
+    )
+    table = pd.DataFrame(found).reindex(columns=["what", "cells", "overlap", "ms", "tokens_per_s"])
+    for name, digits in (("ms", 2), ("tokens_per_s", 0)):
+        table[name] = [f"{value:,.{digits}f}" for value in table[name]]
+    table = table.fillna({"cells": "", "overlap": ""})
+    return ["", head, "", _rows(table), *_conclusions(found)]
+
+
+def _conclusions(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    def best(what: str, cells: int) -> float:
+        return min(
+            (r["ms"] for r in found if (r["what"], r.get("cells")) == (what, cells)), default=0
+        )
+
+    one, five, theirs = best("spalf", 1), best("spalf", 5), best("saelens jumprelu", 1)
+    lines = []
+    if one and theirs:
+        lines.append(f"SAELens's runner takes {theirs / one:.2f} times as long as one cell.")
+    if one and five:
+        lines.append(f"Five packed cells take {five / one:.2f} times as long as one.")
+    return lines
 
 
 def _ratio(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
@@ -51,9 +93,12 @@ def _markdown(table: pd.DataFrame) -> str:
     for name, digits in (("ms", 3), ("peak_gib", 2), ("l0", 1), ("ratio", 2)):
         shown[name] = [f"{value:.{digits}f}" for value in shown[name]]
     shown["tokens_per_s"] = [f"{value:,.0f}" for value in shown["tokens_per_s"]]
-    header = "| " + " | ".join(shown.columns) + " |\n|" + "---|" * len(shown.columns) + "\n"
-    body = "\n".join("| " + " | ".join(str(v) for v in row) + " |" for row in shown.values)
-    return header + body + "\n"
+    return _rows(shown)
+
+
+def _rows(table: pd.DataFrame) -> str:
+    columns = list(map(str, table.columns))
+    return tabulate(table.values.tolist(), columns, "github", disable_numparse=True) + "\n"
 
 
 def _plot(table: pd.DataFrame, heading: str) -> Figure:

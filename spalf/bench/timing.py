@@ -24,6 +24,17 @@ def median_ms(function: Callable[[], object], repeats: int = 30, warmup: int = 5
     return statistics.median(times)
 
 
+def clock(run: Callable[[], object], device: torch.device) -> float:
+    """Time of one call in milliseconds, by the clock; a GPU is waited for before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
 def steps_ms(run: Callable[[int], object], steps: int, repeats: int, device: torch.device) -> float:
     """Median over ``repeats`` of the time of a step, in milliseconds, by the clock.
 
@@ -33,16 +44,4 @@ def steps_ms(run: Callable[[int], object], steps: int, repeats: int, device: tor
         repeats: of the measurement.
         device: waited for before and after where it is a GPU.
     """
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    times = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        run(steps)
-        wait()
-        times.append((time.perf_counter() - start) / steps * 1e3)
-    return statistics.median(times)
+    return statistics.median(clock(lambda: run(steps), device) / steps for _ in range(repeats))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spalf.bench.problem import Pool, Shape, config_for, state_at_target, train
+from spalf.bench.problem import Pool, Shape, config_for, run_on, train
 from spalf.training.graph import GraphedStep, stepper
 
 pytestmark = [
@@ -18,7 +18,7 @@ SHAPE = Shape(d_model=256, F=8192, L0=32, batch=4096)
 def weights_after(*legs: int) -> list[torch.Tensor]:
     """Weights and setpoint after legs of so many steps, each with a recording of its own."""
     config, pool = config_for(SHAPE), Pool(SHAPE, torch.device("cuda"))
-    state, phase = state_at_target(config, pool)
+    state, phase = run_on(config, pool)
     assert isinstance(stepper(state, phase, config), GraphedStep)
     for steps in legs:
         train(state, phase, config, steps)
