@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,9 +138,7 @@ def test_cells_at_different_steps_catch_up(calibration: Path, alone: Path, tmp_p
     assert (first / "phase2" / "metadata.json").stat().st_mtime_ns == before
 
 
-def spoil(
-    monkeypatch: pytest.MonkeyPatch, seed: int, at_step: int
-) -> Callable[[], Iterator[Tensor]]:
+def spoil(monkeypatch: pytest.MonkeyPatch, seed: int, at_step: int) -> None:
     """Put a NaN into one batch of the runs with this seed."""
     batches = ActivationStore.batches
 
@@ -159,7 +157,6 @@ def spoil(
             yield batch
 
     monkeypatch.setattr(ActivationStore, "batches", spoiled)
-    return lambda: iter(())
 
 
 def test_a_cell_that_diverges_does_not_stop_the_others(
