@@ -125,7 +125,8 @@ class RuntimeConfig(Frozen):
     Attributes:
         device: ``auto`` takes the GPU where there is one.
         threads: CPU threads; ``None`` leaves the choice to torch.
-        kernel: ``auto`` takes Triton on a GPU and the PyTorch reference elsewhere.
+        kernel: ``auto`` takes Triton on a GPU and, where few features are active, lists of entries
+            in PyTorch elsewhere; ``reference`` is dense PyTorch.
         precision: operands of the SAE's matrix products in training; ``auto`` takes bfloat16 on a
             GPU and float32 elsewhere. Weights, thresholds, codes and sums are float32 always.
         tf32: allow TF32 matrix products on a GPU, where they are in float32.
