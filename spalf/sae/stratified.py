@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from spalf.kernels import (
     Autoencoded,
+    Choice,
     Implementation,
     Parameters,
     Plan,
@@ -22,6 +24,14 @@ from spalf.kernels import (
     list_capacity,
 )
 from spalf.whitening import SoftZCA
+
+logger = logging.getLogger(__name__)
+
+WAYS = {
+    "triton": "lists of active entries in Triton",
+    "torch": "lists of active entries in PyTorch",
+    "reference": "dense products",
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class StratifiedSAE(nn.Module):
         self.surrogate, self.kernel, self.precision = surrogate, kernel, precision
         self.list_margin = 1.0
         self._copies: dict[Tensor, tuple[Tensor, int]] = {}
+        self._said: set[str] = set()
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_model, device=device))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, device=device))
         self.log_threshold = nn.Parameter(torch.zeros(d_sae, device=device))
@@ -188,11 +199,20 @@ class StratifiedSAE(nn.Module):
         """Which lists of active entries serve a batch, and the room they have."""
         if expected_l0 is None:
             return None, 0
-        chosen = choose_lists(self.W_dec, self.d_sae, expected_l0, self.kernel).implementation
-        in_float32 = self.precision == "float32"
-        if chosen == "reference" or (chosen == "torch" and not in_float32):
+        choice = choose_lists(self.W_dec, self.d_sae, expected_l0, self.kernel)
+        if choice.implementation == "torch" and self.precision != "float32":
+            choice = Choice("reference", "lists on a CPU are for float32")
+        self._say(choice)
+        if choice.implementation == "reference":
             return None, 0
-        return chosen, list_capacity(tokens, self.d_sae, expected_l0, self.list_margin)
+        capacity = list_capacity(tokens, self.d_sae, expected_l0, self.list_margin)
+        return choice.implementation, capacity
+
+    def _say(self, choice: Choice) -> None:
+        """Log how codes are computed, once for each way."""
+        if choice.implementation not in self._said:
+            self._said.add(choice.implementation)
+            logger.info("codes by %s: %s", WAYS[choice.implementation], choice.reason)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of activations: ``[..., d_model]`` → ``[..., d_sae]``, in units of ``scale``."""

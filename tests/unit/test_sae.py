@@ -236,3 +236,17 @@ def test_bandwidth_is_a_share_of_the_interquartile_range() -> None:
     spread = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
     sae.refresh_bandwidth(spread, 0.5)
     torch.testing.assert_close(sae.bandwidth, 0.5 * interquartile_range(spread))
+
+
+def test_how_codes_are_computed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    x = correlated(64, 12, seed=0)
+    sae = trained_like(x, 96)
+    sae.kernel = "auto"
+    with caplog.at_level("INFO", logger="spalf"):
+        for l0 in (50.0, 50.0, 2.0, 2.0):
+            sae(x, l0)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "codes by dense products: 52.1% of the entries are active; from 4.2% on dense is faster",
+        "codes by lists of active entries in PyTorch: 2.08% of the entries are active",
+    ]
