@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, and which commit a revision there stands for."""
+"""The Hugging Face hub: whether it can be reached, what it refuses, which commit a revision is."""
 
 from __future__ import annotations
 
@@ -35,6 +35,48 @@ def hub_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why the hub did not hand something out, in words, where it was asked and answered.
+
+    Args:
+        error: what a client of the hub raised, perhaps because of another error.
+    """
+    from huggingface_hub import errors
+
+    reasons = {
+        errors.GatedRepoError: "it is gated: accept its terms on the hub, then `hf auth login`",
+        errors.RepositoryNotFoundError: (
+            "the hub has nothing of that name; if it is private, `hf auth login`"
+        ),
+        errors.RevisionNotFoundError: "the hub has no such revision of it",
+    }
+    raised: BaseException | None = error
+    while raised is not None:
+        for kind, reason in reasons.items():  # the first is one of the second
+            if isinstance(raised, kind):
+                return reason
+        raised = raised.__cause__ or raised.__context__
+    return None
+
+
+def snapshot_of(repo: str, revision: str | None) -> str:
+    """The directory in the hub's cache with the files of a model that was just fetched.
+
+    Args:
+        repo: hub id, or a local directory, which is its own.
+        revision: the one that was fetched.
+
+    Returns:
+        The directory; ``repo`` itself where the cache does not know it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(repo).is_dir():
+        return repo
+    found = try_to_load_from_cache(repo, "config.json", revision=revision)
+    return str(Path(found).parent) if isinstance(found, str) else repo
 
 
 def commit_of(repo: str, revision: str | None, kind: Literal["model", "dataset"]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from spalf.config import DatasetConfig
 from spalf.data.tokenised import Ids, array_files, cut_if_few, ids_of_cell, rows_of_arrays
 from spalf.errors import UserError
-from spalf.hub import hub_reachable
+from spalf.hub import hub_reachable, refusal
 
 PYTHON_STDLIB = "python-stdlib"
 """The dataset that every Python has on disk: the source of its own standard library."""
@@ -294,7 +294,9 @@ def _column(dataset: DatasetConfig, rows: Any, field: str, name: str) -> Iterato
 
 
 def _unreadable(dataset: DatasetConfig, error: Exception) -> UserError:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    lines = str(error).splitlines() or [type(error).__name__]
     if Path(dataset.path).expanduser().exists():
-        return UserError("dataset", dataset.path, f"cannot be read: {reason[:200]}")
-    return UserError("dataset", dataset.path, f"cannot be fetched ({reason[:200]}); {_OFFLINE}")
+        return UserError("dataset", dataset.path, f"cannot be read: {lines[0][:200]}")
+    # Further lines say which configurations there are.
+    why = refusal(error) or " ".join(lines)[:200]
+    return UserError("dataset", dataset.path, f"cannot be fetched ({why}); {_OFFLINE}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spalf.errors import UserError
-from spalf.hub import hub_reachable
+from spalf.hub import hub_reachable, refusal, snapshot_of
 from spalf.models.huggingface import HuggingFaceModel, torch_dtype
 from spalf.models.interface import LanguageModel
 from spalf.models.sites import FAMILIES, hook_points, parse_hook_point, unknown_hook_point
@@ -142,9 +142,14 @@ def load_model(
         return HuggingFaceModel(model, model_name, hook_point, site)
     if hook_point.startswith("blocks.") and not _layer_exists(hook_point, config):
         raise unknown_hook_point(hook_point, config)
-    tokenizer = load_tokenizer(model_name, revision=revision, trust_remote_code=trust_remote_code)
     model = _load_weights(model_name, path, config, dtype, "eager", options).to(device)
-    return TransformerLensModel(model, tokenizer, path, model_name, hook_point)
+    tokenizer = load_tokenizer(model_name, revision=revision, trust_remote_code=trust_remote_code)
+    snapshot = snapshot_of(path, revision)
+    if snapshot != path:
+        # TransformerLens reads a tokenizer again by its name, at no revision. Known by the
+        # directory that it was fetched into, it is the same one, and no hub is asked.
+        tokenizer = load_tokenizer(snapshot, trust_remote_code=trust_remote_code)
+    return TransformerLensModel(model, tokenizer, snapshot, model_name, hook_point)
 
 
 def _layer_exists(hook_point: str, config: Any) -> bool:
@@ -220,5 +225,6 @@ def _as_user_error(model_name: str, path: str, what: str) -> Iterator[None]:
         if Path(path).is_dir():
             remedy = f"its {what} cannot be read: {reason[:200]}"
         else:
-            remedy = f"its {what} cannot be fetched; {_OFFLINE} ({reason[:200]})"
+            why = refusal(error) or reason[:200]
+            remedy = f"its {what} cannot be fetched ({why}); {_OFFLINE}"
         raise UserError("model_name", model_name, remedy) from None

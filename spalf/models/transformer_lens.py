@@ -20,7 +20,7 @@ class TransformerLensModel(SiteModel):
     Args:
         model: the loaded Hugging Face model, on its device, with eager attention.
         tokenizer: its tokenizer, which the bridge asks for.
-        path: local directory or hub id.
+        path: local directory of its files.
         name: as the user wrote it.
         hook_point: any hook of the bridge whose value is ``[n_seq, seq_len, d_model]``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def load(directory: Path, backend: str, hook_point: str, dtype: str = "float32")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("site", ["hook_resid_post", "hook_mlp_out"])
+@pytest.mark.parametrize("site", SITES)
 def test_phase_two_gradients_into_an_sae_agree(tiny_dir: Path, family: str, site: str) -> None:
     """What Phase 2 differentiates: KL and error with the reconstruction at the site (M16)."""
     pair = [load(tiny_dir / family, backend, f"blocks.0.{site}") for backend in BACKENDS]
@@ -80,30 +81,34 @@ def test_phase_two_gradients_into_an_sae_agree(tiny_dir: Path, family: str, site
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_agrees_with_float32(
-    tiny_dir: Path, family: str, backend: str, dtype: str
+def test_low_precision_agrees_with_float32_and_between_backends(
+    tiny_dir: Path, family: str, site: str, dtype: str
 ) -> None:
-    directory, site = tiny_dir / family, "blocks.1.hook_resid_post"
-    exact, rounded = load(directory, backend, site), load(directory, backend, site, dtype)
-    x = tokens()
-    activations = rounded.activations(x)
-    assert activations.dtype == rounded.logits(x).dtype == rounded.unembedding().dtype
-    assert activations.dtype == torch.float32
-    assert torch.equal(rounded.patched_logits(x, lambda site: site), rounded.logits(x))
-    # A model of two layers adds a few dozen roundings of relative size eps to each value.
-    eps = torch.finfo(getattr(torch, dtype)).eps
-    for ours, reference in (
-        (activations, exact.activations(x)),
-        (rounded.logits(x), exact.logits(x)),
-    ):
-        error = (ours - reference).norm() / reference.norm()
-        assert 0 < error < 6 * eps
-    torch.testing.assert_close(rounded.unembedding(), exact.unembedding(), rtol=eps, atol=1e-7)
-    offset = torch.zeros(D_MODEL, requires_grad=True)
-    rounded.patched_logits(x, lambda site: site + offset).logsumexp(-1).sum().backward()
-    assert offset.grad is not None and bool(offset.grad.isfinite().all())
+    directory, hook_point = tiny_dir / family, f"blocks.1.{site}"
+    exact = load(directory, "huggingface", hook_point)
+    pair = [load(directory, backend, hook_point, dtype) for backend in BACKENDS]
+    x, eps = tokens(), torch.finfo(getattr(torch, dtype)).eps
+    for rounded in pair:
+        activations, logits = rounded.activations(x), rounded.logits(x)
+        assert activations.dtype == logits.dtype == rounded.unembedding().dtype == torch.float32
+        assert torch.equal(rounded.patched_logits(x, lambda site: site), logits)
+        # A model of two layers adds a few dozen roundings of relative size eps to each value.
+        assert 0 < relative_error(activations, exact.activations(x)) < 6 * eps
+        assert 0 < relative_error(logits, exact.logits(x)) < 6 * eps
+        torch.testing.assert_close(rounded.unembedding(), exact.unembedding(), rtol=eps, atol=1e-7)
+        offset = torch.zeros(D_MODEL, requires_grad=True)
+        shifted = rounded.patched_logits(x, lambda site, offset=offset: site + offset)
+        shifted.logsumexp(-1).sum().backward()
+        assert offset.grad is not None and bool(offset.grad.isfinite().all())
+    ours, theirs = pair
+    assert torch.equal(ours.unembedding(), theirs.unembedding())
+    assert relative_error(ours.activations(x), theirs.activations(x)) < 6 * eps
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours - reference).norm() / reference.norm())
 
 
 def final_norm(model: Any) -> Any:
@@ -192,6 +197,9 @@ def test_patched_site_in_low_precision_keeps_the_models_dtype(tiny_dir: Path) ->
         assert model(tokens()).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(
+    int(version("transformer-lens").split(".")[0]) > 3, reason="removed in TransformerLens 4"
+)
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
 def test_patched_site_of_a_hooked_transformer() -> None:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
