@@ -17,7 +17,7 @@ from spalf.config import DatasetConfig
 from spalf.data.journal import Journal, write_atomically
 from spalf.data.sources import Document, documents, is_installed, pieces
 from spalf.data.splits import INSTALLED_SHARES, SHARES, Part, split_of
-from spalf.data.tokenised import Ids
+from spalf.data.tokenised import Ids, require_known
 from spalf.data.tokens import INDEX_FILE, TokenSplits
 from spalf.data.writers import SplitWriter, Unusable
 from spalf.errors import StopRequested, UserError
@@ -295,18 +295,10 @@ class _Packer:
         self.added = 0
         for text in batch:
             if text.ids is not None:
-                self._require_known(text.ids)
+                require_known(text.ids, len(self._tokenizer))
                 self._writers[str(text.name)].append(text.ids, first=text.first)
                 self.added += len(text.ids)
         self._tokenize([text for text in batch if text.ids is None])
-
-    def _require_known(self, ids: Ids) -> None:
-        if ids.min() < 0 or ids.max() >= len(self._tokenizer):
-            remedy = (
-                f"token ids from {ids.min()} to {ids.max()} do not fit the model's tokenizer of "
-                f"{len(self._tokenizer)}; give ids that it made"
-            )
-            raise UserError("dataset", None, remedy)
 
     def _tokenize(self, batch: list[_Text]) -> None:
         if not batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from spalf.config import DatasetConfig
 from spalf.data.sources import Document, documents, is_installed
 from spalf.data.splits import INSTALLED_SHARES, SHARES, split_of
+from spalf.data.tokenised import require_known
 from spalf.data.tokens import TokenSplits
 
 Decode = Callable[[list[int]], str]
@@ -69,15 +70,10 @@ def summarise_tokens(splits: TokenSplits, decode: Decode) -> list[SplitSummary]:
     return rows
 
 
-def _ids(document: Document, tokenizer: Any) -> list[int]:
-    if document.ids is not None:
-        return [int(token) for token in document.ids]
-    encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
-    return list(encoded["input_ids"])
-
-
-def summarise_dataset(dataset: DatasetConfig, tokenizer: Any, limit: int) -> list[SplitSummary]:
-    """What the first documents of a dataset would give each split.
+def read_documents(
+    dataset: DatasetConfig, tokenizer: Any, limit: int
+) -> dict[str, list[list[int]]]:
+    """Token ids of the first documents of a dataset, by the split that each lies in.
 
     Args:
         dataset: where the text comes from.
@@ -85,13 +81,32 @@ def summarise_dataset(dataset: DatasetConfig, tokenizer: Any, limit: int) -> lis
         limit: documents to read.
 
     Raises:
-        UserError: the dataset cannot be read.
+        UserError: the dataset cannot be read, or its token ids are of another tokenizer.
     """
     shares = INSTALLED_SHARES if is_installed(dataset) else SHARES
     found: dict[str, list[list[int]]] = {name: [] for name in shares}
     for document in islice(documents(dataset), limit):
-        ids = _ids(document, tokenizer)
-        found[split_of(document.key, shares)].append(ids)
+        found[split_of(document.key, shares)].append(_ids(document, tokenizer))
+    return found
+
+
+def _ids(document: Document, tokenizer: Any) -> list[int]:
+    if document.ids is not None:
+        require_known(document.ids, len(tokenizer))
+        return [int(token) for token in document.ids]
+    encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def summarise_documents(
+    found: Mapping[str, Sequence[list[int]]], decode: Decode
+) -> list[SplitSummary]:
+    """What documents would give each split, with the text at their boundaries.
+
+    Args:
+        found: as `read_documents` gives them.
+        decode: from token ids to text.
+    """
     tokens = {name: sum(map(len, texts)) for name, texts in found.items()}
     total = sum(tokens.values())
     return [
@@ -101,8 +116,8 @@ def summarise_dataset(dataset: DatasetConfig, tokenizer: Any, limit: int) -> lis
             sequences=None,
             tokens=tokens[name],
             share=tokens[name] / total if total else 0.0,
-            begins=tokenizer.decode(texts[0][:EDGE_TOKENS]) if texts else "",
-            ends=tokenizer.decode(texts[-1][-EDGE_TOKENS:]) if texts else "",
+            begins=decode(texts[0][:EDGE_TOKENS]) if texts else "",
+            ends=decode(texts[-1][-EDGE_TOKENS:]) if texts else "",
         )
         for name, texts in found.items()
     ]

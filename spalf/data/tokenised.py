@@ -73,6 +73,20 @@ def ids_of_cell(dataset: DatasetConfig, cell: Any) -> Ids:
     return ids.astype(np.int64)
 
 
+def require_known(ids: Ids, n_tokens: int) -> None:
+    """Refuse token ids that a tokenizer of ``n_tokens`` tokens does not have.
+
+    Raises:
+        UserError: there is one.
+    """
+    if len(ids) and (ids.min() < 0 or ids.max() >= n_tokens):
+        remedy = (
+            f"token ids from {ids.min()} to {ids.max()} do not fit the model's tokenizer of "
+            f"{n_tokens}; give ids that it made"
+        )
+        raise UserError("dataset", None, remedy)
+
+
 def cut_if_few(rows: Iterable[Ids]) -> Iterator[Ids]:
     """The rows as they are, or in about 2·MIN_ROWS pieces if there are only a few."""
     rest = iter(rows)
