@@ -1,4 +1,4 @@
-"""The CSV tables again as Markdown and as LaTeX (booktabs), rounded for a reader."""
+"""The CSV tables again as Markdown, LaTeX (booktabs) and HTML, rounded for a reader."""
 
 from __future__ import annotations
 
@@ -46,10 +46,27 @@ COLUMNS = {
 LaTeX, where a page has a width, those with a header there."""
 
 
-def write_tables(tables: Iterable[Path], out_dir: Path) -> list[Path]:
-    """Write ``<name>.md`` and ``<name>.tex`` into ``out_dir`` for each CSV table.
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+body {{ font: 14px/1.45 system-ui, sans-serif; margin: 1rem; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; white-space: nowrap; }}
+th {{ border-bottom: 1px solid; }}
+{right} {{ text-align: right; }}
+</style>
+{table}
+</html>
+"""
 
-    The LaTeX needs the packages booktabs and amsmath.
+
+def write_tables(tables: Iterable[Path], out_dir: Path) -> list[Path]:
+    """Write ``<name>.md``, ``.tex`` and ``.html`` into ``out_dir`` for each CSV table.
+
+    The LaTeX needs the packages booktabs and amsmath. The HTML is a page of its own.
 
     Returns:
         The paths written.
@@ -62,8 +79,9 @@ def write_tables(tables: Iterable[Path], out_dir: Path) -> list[Path]:
     written = []
     for path, table in read:
         shown = table[[name for name in COLUMNS if _says_something(table, name)]]
-        for suffix, text in ((".md", _markdown(shown)), (".tex", _latex(shown))):
-            target = out_dir / f"{path.stem}{suffix}"
+        texts = {"md": _markdown(shown), "tex": _latex(shown), "html": _html(shown, path.stem)}
+        for suffix, text in texts.items():
+            target = out_dir / f"{path.stem}.{suffix}"
             target.write_text(text, encoding="utf-8")
             written.append(target)
     return written
@@ -98,12 +116,22 @@ def _align(table: pd.DataFrame) -> list[str]:
     return ["right" if column.number else "left" for _, column in _of(table)]
 
 
+def _headed(table: pd.DataFrame) -> pd.DataFrame:
+    """Every value as text, under the headers that are read outside LaTeX."""
+    headers = {name: column.markdown for name, column in _of(table)}
+    return _formatted(table).rename(columns=headers)
+
+
 def _markdown(table: pd.DataFrame) -> str:
-    return (
-        _formatted(table)
-        .rename(columns={name: column.markdown for name, column in _of(table)})
-        .to_markdown(index=False, disable_numparse=True, colalign=_align(table))
-        + "\n"
+    text = _headed(table).to_markdown(index=False, disable_numparse=True, colalign=_align(table))
+    return f"{text}\n"
+
+
+def _html(table: pd.DataFrame, title: str) -> str:
+    numbers = [i for i, side in enumerate(_align(table), start=1) if side == "right"]
+    right = ", ".join(f"tr > :nth-child({i})" for i in numbers)
+    return _PAGE.format(
+        title=title, right=right, table=_headed(table).to_html(index=False, border=0)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from spalf.report.figures import _phase2_span
 from spalf.report.records import read_metrics
 from tests.workflow import synthetic
 
+KINDS = ("md", "tex", "html")
 ISSUE_COLUMNS = [
     "model",
     "hook_point",
@@ -125,7 +127,7 @@ def test_no_evaluation_is_refused(tmp_path: Path) -> None:
 
 def test_tables_hold_the_same_rows(evaluations: list[Path], tmp_path: Path) -> None:
     written = write_tables(aggregate(evaluations, tmp_path), tmp_path)
-    names = {"frontier.md", "frontier.tex", "phases.md", "phases.tex"}
+    names = {f"{table}.{kind}" for table in ("frontier", "phases") for kind in KINDS}
     assert {path.name for path in written} == names
     markdown = (tmp_path / "frontier.md").read_text(encoding="utf-8").splitlines()
     assert len(markdown) == 2 + 12
@@ -136,6 +138,10 @@ def test_tables_hold_the_same_rows(evaluations: list[Path], tmp_path: Path) -> N
     assert r"\toprule" in latex
     assert r"blocks.0.hook\_resid\_post" in latex
     assert r"\begin{tabular}{llllrr" in latex
+    page = (tmp_path / "frontier.html").read_text(encoding="utf-8")
+    shown = re.findall(r"<td>(.*?)</td>", page)
+    assert shown[: len(cells)] == cells and len(shown) == 12 * len(cells)
+    assert "tr > :nth-child(4), tr > :nth-child(5)" in page  # numbers stand to the right
 
 
 def test_missing_standard_error_is_a_dash_not_nan(tmp_path: Path) -> None:

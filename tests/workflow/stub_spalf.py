@@ -27,7 +27,7 @@ OUTPUTS = {
     "baseline": ("cfg.json", "sae_weights.safetensors", "metadata.json"),
     "paper": ("numbers.json", "manuscript.typ", "paper.pdf"),
     "aggregate": ("frontier.csv", "phases.csv"),
-    "tables": ("frontier.md", "frontier.tex", "phases.md", "phases.tex"),
+    "tables": tuple(f"{t}.{s}" for t in ("frontier", "phases") for s in ("md", "tex", "html")),
 }
 
 

@@ -29,10 +29,18 @@ rule tables:
         rules.aggregate.output,
     output:
         report(
-            expand("results/tables/{name}.md", name=("frontier", "phases")),
+            "results/tables/frontier.html",
             caption="../report/tables.rst",
             category="Tables",
+            labels={"table": "one row per SAE"},
         ),
+        report(
+            "results/tables/phases.html",
+            caption="../report/tables.rst",
+            category="Tables",
+            labels={"table": "one row per SAE and phase"},
+        ),
+        expand("results/tables/{name}.md", name=("frontier", "phases")),
         "results/tables/phases.tex",
         frontier="results/tables/frontier.tex",
     log:
@@ -49,7 +57,7 @@ rule tables:
         revision=steps.REVISIONS["tables"],
         out=subpath(output.frontier, parent=True),
     message:
-        "Writing the tables as Markdown and LaTeX"
+        "Writing the tables as Markdown, LaTeX and HTML"
     shell:
         "spalf tables --out {params.out:q} {input:q} > {log:q} 2>&1"
 
@@ -64,15 +72,17 @@ rule figures:
             "results/figures/pareto.png",
             caption="../report/pareto.rst",
             category="Frontier",
+            labels={"figure": "ΔCE and explained variance against L0"},
         ),
-        report(
-            expand(
-                "results/figures/control_{model}.png",
-                model=dict.fromkeys(cell["model"] for cell in PLAIN),
-            ),
-            caption="../report/control.rst",
-            category="Course of training",
-        ),
+        [
+            report(
+                f"results/figures/control_{model}.png",
+                caption="../report/control.rst",
+                category="Course of training",
+                labels={"model": model},
+            )
+            for model in dict.fromkeys(cell["model"] for cell in PLAIN)
+        ],
         pdf="results/figures/pareto.pdf",
     log:
         "results/figures/logs/figures.log",
