@@ -125,6 +125,7 @@ def memory_mb(
         "baseline": len(config.baselines.lrs) * ADAM_BYTES * dictionary
         + 12 * 4 * config.batch_size * config.F,
         "dashboard": 4 * dictionary + 3 * 4 * 16 * 64 * config.F,
+        "dashboard_baseline": 4 * dictionary + 3 * 4 * 16 * 64 * config.F,
         # Their temporaries come one after the other as well.
         "pack": cells * ADAM_BYTES * dictionary + 6 * 4 * config.batch_size * config.F,
     }.get(step, ADAM_BYTES * dictionary + 6 * 4 * config.batch_size * config.F)
@@ -199,4 +200,5 @@ def _operations(step: str, config: RunConfig, site: Site, cells: int) -> float:
         "evaluate": 2 * evaluated * (2 * model + sae),
         "evaluate_baseline": evaluated * (2 * model + sae),
         "dashboard": 2 * config.evaluate.tokens * (model + sae),
+        "dashboard_baseline": 2 * config.evaluate.tokens * (model + sae),
     }[step]

@@ -213,8 +213,9 @@ def evaluate(
 @step("dashboard")
 @configuration
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
-@click.option("--phase1", "first", type=directory, required=True, help="Output of phase1.")
+@click.option("--phase1", "first", type=directory, help="Output of phase1.")
 @click.option("--phase2", "second", type=directory, help="Output of phase2; without it, phase1's.")
+@click.option("--sae", type=directory, help="Instead: output of baseline, or a SAELens folder.")
 @click.option("--evaluation", type=existing_file, help="evaluation.json, for the key figures.")
 @click.option("--frontier", type=existing_file, help="frontier.csv, for the SAEs beside it.")
 @click.option("--model", help="Short name of the model in tables; default: model_name.")
@@ -222,8 +223,9 @@ def evaluate(
 @click.option("--out", type=existing_file, required=True, help="HTML file to write.")
 def dashboard(
     calibration: Path,
-    first: Path,
+    first: Path | None,
     second: Path | None,
+    sae: Path | None,
     model: str | None,
     variant: str,
     out: Path,
@@ -231,11 +233,18 @@ def dashboard(
     frontier: Path | None,
     **options: Any,
 ) -> None:
-    """Write one self-contained page to look at the features of an SAE."""
+    """Write one self-contained page to look at an SAE's features."""
+    if sae and not first and not second:
+        phases = {"sae": sae}
+    elif first and not sae:
+        phases = {"phase1": first} | ({"phase2": second} if second else {})
+    else:
+        raise UserError(
+            "--sae", None, "give either --phase1, and --phase2 if there is one, or --sae"
+        )
     config, context = _start(options)
     from spalf.steps import dashboard as run
 
-    phases = {"phase1": first} | ({"phase2": second} if second else {})
     run(
         config,
         calibration,
@@ -263,7 +272,7 @@ def aggregate(out: Path, evaluations: tuple[Path, ...]) -> None:
 @click.option("--out", type=directory, required=True, help="Directory of the tables.")
 @click.argument("tables", nargs=-1, required=True, type=existing_file)
 def tables(out: Path, tables: tuple[Path, ...]) -> None:
-    """Write each CSV as Markdown and LaTeX."""
+    """Write each CSV as Markdown, LaTeX and HTML."""
     from spalf.report import write_tables
 
     write_tables(tables, out)

@@ -33,8 +33,8 @@ class OverviewInputs:
     """Where the overview comes from, besides the features.
 
     Attributes:
-        cell: ``model``, ``model_name``, ``hook_point``, ``L0_target``, ``seed`` of the SAE, and its
-            ``variant``, empty for none.
+        cell: ``model``, ``model_name``, ``hook_point``, ``method``, ``L0_target``, ``seed`` of the
+            SAE, and its ``variant``, empty for none.
         phase: the training phase it is the result of.
         metrics: its measurements on held-out tokens (``evaluation.json``); empty if not known.
         sweep: the same SAE with its thresholds scaled, a row per factor.
@@ -62,7 +62,7 @@ def overview(
     Args:
         inputs: what was measured and logged.
         fired: tokens on which each feature is active, ``[d_sae]``.
-        threshold: θ, ``[d_sae]``.
+        threshold: θ, ``[d_sae]``; not a number for an SAE that has none.
         n_anchored: how many features, the first ones, are anchored.
         tokens: held-out tokens seen.
     """
@@ -103,21 +103,22 @@ def _facts(
     }
     for key, (name, form) in formats.items():
         if metrics.get(key) is not None:
-            facts.append((name, form.format(metrics[key])))
+            facts.append((name, form.format(metrics[key]).replace("%", " %")))
     dead = int((fired == 0).sum())
     facts.append(("Features", f"{len(fired):,}"))
-    facts.append(("of them anchored", f"{n_anchored:,}"))
-    facts.append(("silent here", f"{dead:,} ({dead / len(fired):.1%})"))
+    if n_anchored:
+        facts.append(("of them anchored", f"{n_anchored:,}"))
+    facts.append(("silent here", f"{dead:,} ({100 * dead / len(fired):.1f} %)"))
     facts.append(("Held-out tokens", f"{tokens:,}"))
     return facts
 
 
 def _frontier_row(row: Row, cell: Row) -> dict[str, Any]:
-    same = all(row[name] == cell[name] for name in ("L0_target", "seed", "variant"))
+    same = all(row[name] == cell[name] for name in ("method", "variant", "L0_target", "seed"))
     values = {name: row[name] for name in ("L0_target", "seed")}
     values["method"] = f"{row['method']} {row['variant']}".strip()
     values |= {name: _number(row[name]) for name in ("l0", "explained_variance", "delta_ce")}
-    return values | {"own": bool(same and row["method"] == "spalf")}
+    return values | {"own": bool(same)}
 
 
 def _density_histogram(
@@ -131,8 +132,13 @@ def _density_histogram(
     return _histogram(density, np.isfinite(density), n_anchored, edges)
 
 
-def _threshold_histogram(threshold: NDArray[np.float32], n_anchored: int) -> dict[str, list[float]]:
+def _threshold_histogram(
+    threshold: NDArray[np.float32], n_anchored: int
+) -> dict[str, list[float]] | None:
+    """Features by their threshold; ``None`` for an SAE that has none."""
     finite = np.isfinite(threshold)
+    if not finite.any():
+        return None
     top = float(threshold[finite].max(initial=1e-6))
     edges = np.linspace(0, top * (1 + 1e-6), THRESHOLD_BINS + 1)
     return _histogram(threshold, finite, n_anchored, edges)

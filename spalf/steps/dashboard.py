@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spalf.checkpoint import Checkpoint, read_checkpoint
+from spalf.checkpoint import read_checkpoint
 from spalf.config import RunConfig
 from spalf.dashboard import (
     Collector,
@@ -30,11 +31,14 @@ from spalf.dashboard import (
 )
 from spalf.data import SequenceStream
 from spalf.errors import Interrupted, StopRequested, UserError
+from spalf.interchange import SAELensSAE, is_saelens_folder
+from spalf.interchange.saelens import WEIGHTS_FILE
 from spalf.models import LanguageModel, load_tokenizer
 from spalf.report.records import read_evaluation, read_frontier, read_metrics
 from spalf.sae import StratifiedSAE
 from spalf.steps.calibrate import Calibration, load_calibration
 from spalf.steps.context import StepContext, exclusive
+from spalf.steps.subjects import read_trained, require_width
 from spalf.training.state import load_sae
 
 MAX_TOKENS = 2**20
@@ -63,7 +67,8 @@ def dashboard(
         config: the run; its first ``config.evaluate.tokens`` held-out tokens, as evaluation draws
             them, are looked at, at most `MAX_TOKENS`.
         calibration: its calibration directory.
-        phases: checkpoint directory of each phase, in order, with its metrics log.
+        phases: checkpoint directory of each phase, in order, with its metrics log; or, as the
+            single phase ``sae``, a baseline or any other SAE in SAELens's format.
         out: the HTML file to write.
         context: device, progress.
         evaluation: ``evaluation.json`` of the SAE.
@@ -78,27 +83,27 @@ def dashboard(
     """
     known = load_calibration(calibration, config, context.device)
     phase, directory = list(phases.items())[-1]
-    checkpoint = read_checkpoint(directory, context.device, ("model", "tensors"))
-    sae = load_sae(checkpoint, config, context.device).eval()
-    cell = _cell(config, model_label, variant)
-    log = [row for path in phases.values() for row in _metrics_log(path)]
+    shown = _read(directory, config, context.device)
+    cell = _cell(config, shown, model_label, variant)
+    log = [row for path in phases.values() for row in _metrics_log(path, shown)]
     metrics, sweep = _measured(evaluation, phase, cell) if evaluation else ({}, [])
     beside = _beside(frontier, cell) if frontier else []
     inputs = OverviewInputs(cell, phase, metrics, sweep, beside, log)
     with exclusive(out, context):
         pinned = known.sources.pinned(config)
         model = context.load_model(pinned)
+        require_width(shown.coder, model, directory)
         tokenizer = load_tokenizer(
             pinned.model_name,
             revision=pinned.revision,
             trust_remote_code=pinned.trust_remote_code,
         )
-        data = _features(config, known, sae, model, len(tokenizer), context)
+        data = _features(config, known, shown, model, len(tokenizer), context)
         summary = overview(
             inputs,
             data.statistics.fired.cpu().numpy(),
             data.threshold,
-            sae.n_anchored,
+            len(shown.anchors),
             data.statistics.tokens,
         )
         page = build_page(
@@ -106,32 +111,80 @@ def dashboard(
             summary,
             data,
             lambda ids: token_strings(tokenizer, ids),
-            _provenance(config, checkpoint, directory),
+            _provenance(config, shown),
         )
         write_page(out, page)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The SAE that a page is about.
+
+    Attributes:
+        coder: the SAE.
+        method: what trained it, as in tables.
+        anchors: initial directions of its anchored features, ``[n_anchored, d_model]``.
+        scale: length that one unit of decoder output stands for.
+        origin: which file it was read from, in words.
+    """
+
+    coder: StratifiedSAE | SAELensSAE
+    method: str
+    anchors: Tensor
+    scale: float
+    origin: str
+
+    @property
+    def threshold(self) -> Tensor:
+        """θ, ``[d_sae]``."""
+        return self.coder.threshold.detach()
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether θ says when a feature is active."""
+        return not isinstance(self.coder, SAELensSAE) or self.coder.has_thresholds
+
+
+def _read(directory: Path, config: RunConfig, device: torch.device) -> _Shown:
+    """The SAE of a phase, of a baseline, or of a SAELens folder."""
+    if is_saelens_folder(directory):
+        found = read_trained(directory, config, device)
+        origin = f"SAE {directory.name}, {WEIGHTS_FILE} {found.digests[WEIGHTS_FILE][:12]}"
+        none = found.coder.W_dec[:0]
+        return _Shown(found.coder, found.method, none, 1.0, f"{origin} · {found.method}")
+    checkpoint = read_checkpoint(directory, device, ("model", "tensors"))
+    sae = load_sae(checkpoint, config, device).eval()
+    made, digests = checkpoint.metadata.get("environment", {}), checkpoint.metadata["digests"]
+    by = f"trained with spalf {made.get('spalf', '?')} {made.get('commit', '')}".rstrip()
+    file = "model.safetensors"
+    origin = f"SAE {directory.name}, {file} {digests[file][:12]} · {by}"
+    return _Shown(sae, "spalf", sae.anchors, sae.scale, origin)
 
 
 def _features(
     config: RunConfig,
     known: Calibration,
-    sae: StratifiedSAE,
+    shown: _Shown,
     model: LanguageModel,
     n_tokens: int,
     context: StepContext,
 ) -> FeatureData:
-    statistics, contexts, sequences = _pass(config, known.splits.evaluation, sae, model, context)
+    statistics, contexts, sequences = _pass(config, known.splits.evaluation, shown, model, context)
+    W_dec, threshold = shown.coder.W_dec, shown.threshold
     with torch.no_grad():
-        effects = token_effects(sae.W_dec * sae.scale, model.unembedding(), n_tokens, EFFECTS)
-        near, cosine = nearest_features(sae.W_dec, NEAREST)
-        distance, to_anchor = anchor_drift(sae.W_dec, sae.anchors)
+        effects = token_effects(W_dec * shown.scale, model.unembedding(), n_tokens, EFFECTS)
+        near, cosine = nearest_features(W_dec, NEAREST)
+        distance, to_anchor = anchor_drift(W_dec, shown.anchors)
+    if not shown.has_thresholds:
+        threshold = torch.full_like(threshold, torch.nan)
     return FeatureData(
         statistics=statistics,
         contexts=contexts,
         sequences=sequences,
-        threshold=sae.threshold.detach().cpu().numpy(),
+        threshold=threshold.cpu().numpy(),
         effects=effects,
         nearest=(near.cpu().numpy(), cosine.cpu().numpy()),
-        anchor_tokens=known.token_ids[: sae.n_anchored].cpu().numpy(),
+        anchor_tokens=known.token_ids[: len(shown.anchors)].cpu().numpy(),
         drift=(distance.cpu().numpy(), to_anchor.cpu().numpy()),
     )
 
@@ -139,12 +192,12 @@ def _features(
 def _pass(
     config: RunConfig,
     stream: SequenceStream,
-    sae: StratifiedSAE,
+    shown: _Shown,
     model: LanguageModel,
     context: StepContext,
 ) -> tuple[Any, Any, NDArray[np.int32]]:
     """Statistics and contexts from one pass over held-out tokens, and these tokens."""
-    collector = Collector(sae, sae.threshold.detach(), stream.seq_len)
+    collector = Collector(shown.coder, shown.threshold, stream.seq_len)
     wanted = min(config.evaluate.tokens, MAX_TOKENS, stream.n_sequences * stream.seq_len)
     progress = context.progress("dashboard", wanted, 0)
     seen = []
@@ -168,13 +221,18 @@ def _held_out(stream: SequenceStream, tokens: int, context: StepContext) -> Iter
         yield stream.sequences(start, min(SEQUENCES_PER_BATCH, sequences - start), seed=0)
 
 
-def _cell(config: RunConfig, model_label: str | None, variant: str) -> dict[str, Any]:
-    names = ("model_name", "hook_point", "L0_target", "seed", "F")
-    own = {name: getattr(config, name) for name in names}
-    return {"model": model_label or config.model_name, "variant": variant, **own}
+def _cell(
+    config: RunConfig, shown: _Shown, model_label: str | None, variant: str
+) -> dict[str, Any]:
+    names = ("model_name", "hook_point", "L0_target", "seed")
+    own = {name: getattr(config, name) for name in names} | {"F": shown.coder.d_sae}
+    label = model_label or config.model_name
+    return {"model": label, "method": shown.method, "variant": variant, **own}
 
 
-def _metrics_log(phase: Path) -> list[dict[str, Any]]:
+def _metrics_log(phase: Path, shown: _Shown) -> list[dict[str, Any]]:
+    if isinstance(shown.coder, SAELensSAE):
+        return []
     return _records(read_metrics(phase / "metrics.jsonl"))
 
 
@@ -198,7 +256,7 @@ def _measured(
         UserError: the file is damaged, or of another SAE.
     """
     read = read_evaluation(path)
-    for name in ("model_name", "hook_point", "variant", "L0_target", "seed", "F"):
+    for name in ("model_name", "hook_point", "method", "variant", "L0_target", "seed", "F"):
         there = getattr(read.cell, name)
         if there != cell[name]:
             remedy = f"is of another SAE: its {name} is {there}; give the one of this run"
@@ -212,19 +270,16 @@ def _measured(
 
 
 def _title(cell: Mapping[str, Any]) -> str:
-    return (
-        f"{cell['model']} · {cell['hook_point']} · L0 {cell['L0_target']:g} · seed {cell['seed']}"
-    )
+    kind = f"{cell['method']} {cell['variant']}".strip()
+    parts = [cell["model"], cell["hook_point"], *([] if kind == "spalf" else [kind])]
+    return " · ".join([*parts, f"L0 {cell['L0_target']:g}", f"seed {cell['seed']}"])
 
 
-def _provenance(config: RunConfig, checkpoint: Checkpoint, directory: Path) -> str:
-    made = checkpoint.metadata.get("environment", {})
+def _provenance(config: RunConfig, shown: _Shown) -> str:
     parts = [
         f"{config.model_name}, {config.hook_point}",
         f"dataset {config.dataset.path}",
-        f"SAE {directory.name}, model.safetensors "
-        f"{checkpoint.metadata['digests']['model.safetensors'][:12]}",
-        f"trained with spalf {made.get('spalf', '?')} {made.get('commit', '')}".rstrip(),
+        shown.origin,
         f"page by spalf {version('spalf')}",
     ]
     return " · ".join(parts)

@@ -19,7 +19,7 @@ from spalf.checkpoint import (
 )
 from spalf.config import RunConfig
 from spalf.data import SequenceStream
-from spalf.errors import Interrupted, StopRequested, UserError
+from spalf.errors import Interrupted, StopRequested
 from spalf.evaluation import (
     AbsorptionMeasurement,
     DownstreamMeasurement,
@@ -41,7 +41,7 @@ from spalf.steps.context import (
     write_json,
 )
 from spalf.steps.keep import keep_finished, restore_finished
-from spalf.steps.subjects import TrainedSAE, read_trained
+from spalf.steps.subjects import TrainedSAE, read_trained, require_width
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ def evaluate(
             stream=known.splits.evaluation,
             context=context,
         )
-        _require_width(subject, phases)
+        for name, sae in saes.items():
+            require_width(sae.coder, subject.model, phases[name])
         report: dict[str, Any] = {
             "cell": _cell(config, subject.final, model_label, variant),
             "environment": environment(context),
@@ -109,16 +110,6 @@ def evaluate(
         }
         write_json(out, report)
         keep_finished(out, identity, context)
-
-
-def _require_width(subject: _Subject, phases: Mapping[str, Path]) -> None:
-    for name, sae in subject.saes.items():
-        if sae.coder.d_model != subject.model.d_model:
-            remedy = (
-                f"is for activations of width {sae.coder.d_model}, but {subject.config.hook_point} "
-                f"of {subject.config.model_name} is {subject.model.d_model} wide"
-            )
-            raise UserError("--sae", str(phases[name]), remedy)
 
 
 @dataclass(frozen=True)

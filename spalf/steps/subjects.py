@@ -1,4 +1,4 @@
-"""What the evaluate step measures: SAEs of SPALF's phases, or one in SAELens's format."""
+"""What is measured and looked at: SAEs of SPALF's phases, or one in SAELens's format."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 
 from spalf.checkpoint import Checkpoint, read_checkpoint, sha256
 from spalf.config import RunConfig
+from spalf.errors import UserError
 from spalf.evaluation import control_summary
 from spalf.interchange import SAELensSAE, is_saelens_folder, read_saelens
 from spalf.interchange.saelens import CONFIG_FILE, WEIGHTS_FILE
+from spalf.models import LanguageModel
 from spalf.sae import StratifiedSAE
 from spalf.training.state import load_sae
 
@@ -67,6 +69,20 @@ def read_trained(path: Path, config: RunConfig, device: torch.device) -> Trained
         multiplier=float(checkpoint.tensors["control"]["law.multiplier"][0]),
         control=_control(path, checkpoint),
     )
+
+
+def require_width(coder: StratifiedSAE | SAELensSAE, model: LanguageModel, path: Path) -> None:
+    """Refuse an SAE that does not fit the site.
+
+    Raises:
+        UserError: its activations have another width.
+    """
+    if coder.d_model != model.d_model:
+        remedy = (
+            f"is for activations of width {coder.d_model}, but {model.hook_point} of {model.name} "
+            f"is {model.d_model} wide"
+        )
+        raise UserError("--sae", str(path), remedy)
 
 
 def _warn_of_another_site(path: Path, sae: TrainedSAE, config: RunConfig) -> None:

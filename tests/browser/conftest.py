@@ -48,6 +48,14 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of an SAE of which little is known."""
+    path = tmp_path_factory.mktemp("plain") / "plain.html"
+    path.write_bytes(pages.plain_page())
+    return path
+
+
+@pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of 8192 features."""
     path = tmp_path_factory.mktemp("large") / "large.html"

@@ -68,7 +68,9 @@ def activations(tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack([tokens.float(), 2 - position / SEQ_LEN], dim=-1)
 
 
-def planted_data(batch: int = 8) -> FeatureData:
+def planted_data(
+    batch: int = 8, n_anchored: int = N_ANCHORED, with_thresholds: bool = True
+) -> FeatureData:
     tokens = planted_tokens()
     threshold = torch.full((D_SAE,), 0.5)
     collector = Collector(OneTokenSAE(), threshold, SEQ_LEN)
@@ -78,7 +80,9 @@ def planted_data(batch: int = 8) -> FeatureData:
     W_dec = torch.randn(D_SAE, 16, generator=generator)
     W_U = torch.randn(16, N_TOKENS, generator=generator)
     near, cosine = nearest_features(W_dec, 5)
-    distance, to_anchor = anchor_drift(W_dec, W_dec[:N_ANCHORED] + 0.1)
+    distance, to_anchor = anchor_drift(W_dec, W_dec[:n_anchored] + 0.1)
+    if not with_thresholds:
+        threshold = torch.full_like(threshold, torch.nan)
     return FeatureData(
         collector.statistics(),
         collector.contexts(),
@@ -86,7 +90,7 @@ def planted_data(batch: int = 8) -> FeatureData:
         threshold.numpy(),
         token_effects(W_dec, W_U, N_TOKENS, 6),
         (near.numpy(), cosine.numpy()),
-        np.arange(N_ANCHORED),
+        np.arange(n_anchored),
         (distance.numpy(), to_anchor.numpy()),
     )
 
@@ -96,9 +100,17 @@ def planted_page(title: str = "planted", **inputs: Any) -> bytes:
     return build_page(title, summary(data, N_ANCHORED, **inputs), data, strings, "made up")
 
 
+def plain_page() -> bytes:
+    """The page of an SAE with no anchors, no thresholds, no metrics log and nothing beside it."""
+    data = planted_data(n_anchored=0, with_thresholds=False)
+    given = summary(data, 0, frontier=[], sweep=[], log=[])
+    return build_page("plain", given, data, strings, "made up")
+
+
 def summary(data: FeatureData, n_anchored: int, **inputs: Any) -> dict[str, Any]:
     """The overview of made-up measurements; ``inputs`` replace fields of `OverviewInputs`."""
     cell: dict[str, Any] = {
+        "method": "spalf",
         "variant": "",
         "model": "m",
         "model_name": "m",

@@ -171,7 +171,7 @@ def test_what_cannot_be_seen_is_drawn(open_page: Open, planted: Path) -> None:
 
 
 def test_only_rows_in_view_exist_and_data_is_unpacked_when_needed(
-    open_page: Open, large: Path, record_property: Any
+    open_page: Open, large: Path
 ) -> None:
     page = open_page(large)
     assert page.locator("#list").get_attribute("aria-rowcount") == "8193"
@@ -186,12 +186,23 @@ def test_only_rows_in_view_exist_and_data_is_unpacked_when_needed(
     assert 10 < len(rows(page)) < 80
     assert rows(page)[-1] == "8191"
     assert unpacked_blocks(page).count("features-127") == 1
-    paints = page.evaluate(
-        "performance.getEntriesByType('paint').map((p) => [p.name, p.startTime])"
-    )
-    assert {name for name, _ in paints} == {"first-paint", "first-contentful-paint"}
-    for name, milliseconds in paints:
+
+
+def test_8192_features_are_there_within_two_seconds(
+    open_page: Open, large: Path, record_property: Any
+) -> None:
+    """The best of three: other processes may have the machine for a while."""
+    best: dict[str, float] = {}
+    for _ in range(3):
+        page = open_page(large)
+        measured = dict(page.evaluate(PAINTS))
+        measured["ready"] = page.evaluate("performance.getEntriesByName('ready')[0].startTime")
+        assert measured.keys() == {"first-paint", "first-contentful-paint", "ready"}
+        best = {name: min(time, best.get(name, time)) for name, time in measured.items()}
+    for name, milliseconds in best.items():
         record_property(name, milliseconds)
+        assert milliseconds < 2000, best
+    assert large.stat().st_size < 25e6
 
 
 def test_memory_of_unpacked_data_is_bounded(open_page: Open, large: Path) -> None:
@@ -253,6 +264,40 @@ def test_the_overview_names_what_it_draws(open_page: Open, planted: Path) -> Non
     page.locator("#to-features").click()
     wait_until(page, "!document.getElementById('features').hidden")
     assert not page.locator("#overview").is_visible()
+
+
+def test_where_nothing_is_anchored_nothing_speaks_of_anchors(open_page: Open, plain: Path) -> None:
+    page = open_page(plain, "#feature-12")
+    wait_for_feature(page, 12)
+    heads = page.locator("#columns th").all_inner_texts()
+    assert [head.split()[0] for head in heads] == ["Feature", "Fires", "Promotes", "Density", "Max"]
+    assert page.locator("#stratum option").all_inner_texts() == ["all", "silent"]
+    page.locator("#to-overview").click()
+    wait_until(page, "document.querySelectorAll('#overview canvas').length === 1")
+    assert "anchor" not in page.locator("body").inner_text().lower()
+
+
+def test_what_is_not_known_is_said(open_page: Open, plain: Path) -> None:
+    page = open_page(plain, "#feature-12")
+    wait_for_feature(page, 12)
+    assert "Threshold" not in page.locator("#detail").inner_text()
+    page.locator("#to-overview").click()
+    wait_until(page, "document.querySelectorAll('#overview canvas').length === 1")
+    said = page.locator("#overview").inner_text()
+    assert "No frontier was given." in said
+    assert "There is no metrics log of this SAE." in said
+    assert "Thresholds θ" not in said
+
+
+@pytest.mark.parametrize("address", ["#features", "#feature-12", "#overview"])
+@pytest.mark.parametrize("width", [1440, 360])
+def test_a_plain_page_fits_and_axe_finds_nothing(
+    open_page: Open, axe: Axe, plain: Path, width: int, address: str
+) -> None:
+    page = open_page(plain, address, width=width, color_scheme="dark", bypass_csp=True)
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not [rule["id"] for rule in axe(page)["violations"]]
 
 
 @pytest.mark.parametrize("address", VIEWS)

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from spalf.config import RunConfig
 from spalf.dashboard import (
@@ -27,6 +28,8 @@ from spalf.dashboard import (
 )
 from spalf.dashboard.collect import BINS, CONTEXTS, WINDOW
 from spalf.errors import Interrupted, UserError
+from spalf.interchange.export import export
+from spalf.interchange.importing import import_sae
 from spalf.models import load_tokenizer
 from spalf.report import aggregate
 from spalf.steps import dashboard
@@ -250,7 +253,8 @@ class Elements(HTMLParser):
 def test_hostile_text_adds_no_element() -> None:
     title = "</title><script>alert(1)</script>"
     cell = {"model": '</script><img src="x">', "model_name": "m", "hook_point": "h"}
-    hostile = pages.planted_page(title, cell={**cell, "L0_target": 8.0, "seed": 0, "variant": ""})
+    cell |= {"method": "spalf", "variant": ""}
+    hostile = pages.planted_page(title, cell={**cell, "L0_target": 8.0, "seed": 0})
     harmless, found = Elements(pages.planted_page("harmless")), Elements(hostile)
     assert [tag for tag, _ in found.tags] == [tag for tag, _ in harmless.tags]
     assert ("h1", title) in found.texts
@@ -358,6 +362,7 @@ class Words:
 
 def write(run: Run, out: Path, config: RunConfig | None = None, **options: Any) -> bytes:
     phases = {"phase1": run.directory / "phase1", "phase2": run.directory / "phase2"}
+    phases = options.pop("phases", phases)
     calibration = options.pop("calibration", run.directory / "calibration")
     made = options.pop("context", context())
     with mock.patch("spalf.steps.dashboard.load_tokenizer", lambda *_, **__: Words()):
@@ -424,6 +429,61 @@ def test_the_frontier_is_that_of_the_model_and_marks_the_sae(run: Run, tmp_path:
     assert dict(summary["facts"])["ΔCE (nats)"] == f"{expected:.3f}"
     with pytest.raises(UserError, match="is of another SAE: its variant is no-anchors"):
         write(run, tmp_path / "b.html", **given | {"evaluation": tmp_path / "variant.json"})
+
+
+def as_saelens(run: Run, out: Path, k: int | None = None) -> Path:
+    """The run's SAE in SAELens's format, or a TopK one with its weights."""
+    export(run.directory / "phase2", out, "saelens")
+    if k is None:
+        return out
+    weights = load_file(out / "sae_weights.safetensors")
+    weights.pop("threshold")
+    save_file(weights, out / "sae_weights.safetensors")
+    config = json.loads((out / "cfg.json").read_text())
+    (out / "cfg.json").write_text(json.dumps({**config, "architecture": "topk", "k": k}))
+    return out
+
+
+def test_an_sae_of_saelens_has_a_page_too(run: Run, tmp_path: Path) -> None:
+    import_sae(as_saelens(run, tmp_path / "source"), tmp_path / "theirs")
+    report = evaluation("tiny", 4.0, **SITE, F=64, method="theirs")
+    report |= {"final": "sae", "phases": {"sae": report["phases"]["phase2"]}}
+    (tmp_path / "e.json").write_text(json.dumps(report))
+    frontier, _ = aggregate([tmp_path / "e.json"], tmp_path)
+    given = {"evaluation": tmp_path / "e.json", "frontier": frontier, "model_label": "tiny"}
+    page = write(run, tmp_path / "p.html", phases={"sae": tmp_path / "theirs"}, **given)
+    ours, theirs = unpacked(write(run, tmp_path / "ours.html"))["table"], unpacked(page)["table"]
+    assert theirs["max"] == pytest.approx(ours["max"], rel=1e-2)
+    assert np.abs(np.subtract(theirs["fired"], ours["fired"])).sum() <= 4
+    assert theirs["promotes"] == ours["promotes"] and theirs["anchor"] == []
+    summary = summary_of(page)
+    assert summary["anchored"] == 0 and summary["traces"]["tokens"] == []
+    assert [row["own"] for row in summary["frontier"]] == [True]
+    assert ("h1", "tiny · planted.site · theirs · L0 4 · seed 0") in Elements(page).texts
+
+
+def test_an_sae_that_keeps_the_largest_has_no_thresholds(run: Run, tmp_path: Path) -> None:
+    folder = as_saelens(run, tmp_path / "topk", k=3)
+    page = write(run, tmp_path / "page.html", phases={"sae": folder})
+    table = unpacked(page)["table"]
+    assert sum(table["fired"]) == pytest.approx(3 * 2048, rel=0.05)
+    assert set(table["threshold"]) == {None}
+    assert summary_of(page)["threshold"] is None
+    assert "sae_weights.safetensors" in page.decode() and "topk" in page.decode()
+
+
+def test_an_sae_of_another_width_is_refused(run: Run, tmp_path: Path) -> None:
+    folder = as_saelens(run, tmp_path / "narrow")
+    weights = load_file(folder / "sae_weights.safetensors")
+    narrow = {"W_enc": weights["W_enc"][:2], "W_dec": weights["W_dec"][:, :2].contiguous()}
+    save_file(
+        {**weights, **narrow, "b_dec": weights["b_dec"][:2]}, folder / "sae_weights.safetensors"
+    )
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**config, "d_in": 2}))
+    with pytest.raises(UserError, match="is for activations of width 2"):
+        write(run, tmp_path / "page.html", phases={"sae": folder})
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_a_step_that_is_stopped_leaves_no_page(run: Run, tmp_path: Path) -> None:

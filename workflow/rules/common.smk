@@ -297,7 +297,8 @@ def prune_checkpoints():
     for path in models + steps_of_cells:
         if (path / "metadata.json").exists():
             prune(path.with_name(f"{path.name}.checkpoints"))
-    pages = of_cells(f"{CELL}/dashboard.html")
+    pages = of_cells(f"{CELL}/dashboard.html", EVALUATED)
+    pages += of_cells(f"{IMPORT}/dashboard.html", IMPORTED)
     imported = of_cells(f"{IMPORT}/evaluation.json", IMPORTED)
     reports = of_cells(f"{CELL}/evaluation.json", EVALUATED) + imported
     for path in map(Path, reports + pages):

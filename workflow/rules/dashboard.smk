@@ -1,4 +1,4 @@
-# Pages to look at features, one per cell. Nothing else needs them: `snakemake dashboards`.
+# Pages to look at features, one per SAE. Nothing else needs them: `snakemake dashboards`.
 
 
 rule dashboard:
@@ -18,7 +18,12 @@ rule dashboard:
             f"{CELL}/dashboard.html",
             caption="../report/dashboard.rst",
             category="Features",
-            labels={"model": "{model}", "L0": "{L0}", "seed": "{seed}"},
+            labels={
+                "model": "{model}",
+                "method": "spalf",
+                "L0": "{L0}",
+                "seed": "{seed}",
+            },
         ),
     log:
         f"{CELL}/logs/dashboard.log",
@@ -51,6 +56,98 @@ rule dashboard:
         " --out {output:q} > {log:q} 2>&1"
 
 
+rule dashboard_baseline:
+    input:
+        calibrated,
+        rules.baseline.output.sae,
+        calibration=calibration_of,
+        sae=rules.baseline.output.metadata,
+        evaluation=rules.evaluate_baseline.output,
+        frontier=rules.aggregate.output.frontier,
+    output:
+        report(
+            f"{BASELINE}/dashboard.html",
+            caption="../report/dashboard.rst",
+            category="Features",
+            labels={
+                "model": "{model}",
+                "method": "{method}",
+                "L0": "{L0}",
+                "seed": "{seed}",
+            },
+        ),
+    log:
+        f"{BASELINE}/logs/dashboard.log",
+    benchmark:
+        f"{BASELINE}/benchmarks/dashboard.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("dashboard_baseline"),
+        runtime=minutes("dashboard_baseline"),
+        gpu=gpus,
+        execution=execution,
+        launch=launch,
+    params:
+        revision=steps.REVISIONS["dashboard_baseline"],
+        settings=settings("dashboard_baseline"),
+        calibration=subpath(input.calibration, parent=True),
+        sae=subpath(input.sae, parent=True),
+    message:
+        "Page of features of {wildcards.method} of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
+    shell:
+        "exec {resources.launch} spalf dashboard --settings {params.settings:q}"
+        " --if-locked wait --runtime {resources.execution:q}"
+        " --model {wildcards.model:q} --calibration {params.calibration:q} --sae {params.sae:q}"
+        " --evaluation {input.evaluation:q} --frontier {input.frontier:q}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
+rule dashboard_imported:
+    input:
+        calibrated,
+        expand(f"{IMPORT}/{{file}}", file=SAELENS, allow_missing=True),
+        calibration=calibration_of,
+        sae=f"{IMPORT}/metadata.json",
+        evaluation=rules.evaluate_imported.output,
+        frontier=rules.aggregate.output.frontier,
+    output:
+        report(
+            f"{IMPORT}/dashboard.html",
+            caption="../report/dashboard.rst",
+            category="Features",
+            labels={"model": "{model}", "method": "{name}", "L0": "–", "seed": "–"},
+        ),
+    log:
+        f"{IMPORT}/logs/dashboard.log",
+    benchmark:
+        f"{IMPORT}/benchmarks/dashboard.tsv"
+    conda:
+        "../../environment.yml"
+    threads: step_threads
+    resources:
+        mem_mb=memory("dashboard_baseline"),
+        runtime=minutes("dashboard_baseline"),
+        gpu=gpus,
+        execution=execution,
+        launch=launch,
+    params:
+        revision=steps.REVISIONS["dashboard_baseline"],
+        settings=settings("dashboard_baseline"),
+        calibration=subpath(input.calibration, parent=True),
+        sae=subpath(input.sae, parent=True),
+    message:
+        "Page of features of {wildcards.name}, imported for {wildcards.model}"
+    shell:
+        "exec {resources.launch} spalf dashboard --settings {params.settings:q}"
+        " --if-locked wait --runtime {resources.execution:q}"
+        " --model {wildcards.model:q} --calibration {params.calibration:q} --sae {params.sae:q}"
+        " --evaluation {input.evaluation:q} --frontier {input.frontier:q}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
 rule dashboards:
     input:
-        of_cells(f"{CELL}/dashboard.html"),
+        of_cells(f"{CELL}/dashboard.html", EVALUATED),
+        of_cells(f"{IMPORT}/dashboard.html", IMPORTED),

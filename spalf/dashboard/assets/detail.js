@@ -31,14 +31,14 @@ function featureHeader(j) {
   };
   const back = make("button", { type: "button", class: "back" }, "← List");
   back.addEventListener("click", backToList);
-  const kind =
-    j < summary.anchored ? make("span", {}, "anchored to ", chip(table.anchor[j])) : "free";
+  const anchored = j < summary.anchored;
+  const kind = anchored ? make("span", {}, "anchored to ", chip(table.anchor[j])) : "free";
   return make(
     "header",
     {},
     back,
     make("h2", { id: "feature-name" }, `Feature ${j}`),
-    make("span", { class: "tag" }, kind),
+    make("span", { class: "tag" }, summary.anchored ? kind : ""),
     make(
       "span",
       { class: "steps" },
@@ -54,8 +54,8 @@ function featureFacts(j) {
     ["Density", fired ? `${percent(density(j))} (${fired.toLocaleString("en")} tokens)` : "0"],
     ["Largest activation", number(table.max[j])],
     ["Mean when active", number(table.mean[j])],
-    ["Threshold θ", number(table.threshold[j])],
   ];
+  if (summary.threshold) facts.push(["Threshold θ", number(table.threshold[j])]);
   if (j < summary.anchored) {
     facts.push(["Drift from its token", number(table.drift[j])]);
     facts.push(["Cosine with it", number(table.cosine[j])]);
@@ -73,7 +73,7 @@ function activationFigure(j, feature) {
   }
   const counts = feature.histogram;
   const edges = Array.from({ length: counts.length + 1 }, (_, i) => i * feature.bin_width);
-  const range = `from ${number(table.threshold[j])} to ${number(table.max[j])}`;
+  const range = `from ${number(table.threshold[j] ?? 0)} to ${number(table.max[j])}`;
   const described = `Histogram of ${table.fired[j]} activations ${range}`;
   const layers = () => [{ label: "tokens", stroke: colour("series-1"), counts }];
   return figure("Activations on the tokens where it is active", described, (width) =>

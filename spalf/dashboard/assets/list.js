@@ -3,6 +3,7 @@
 const ROW_HEIGHT = 32;
 const ROWS_BEYOND = 8; // rows kept on either side of those in view
 
+// Where no feature is anchored, the columns that speak of anchors leave their room to others.
 const COLUMNS = [
   { key: "feature", label: "Feature", number: true, value: (j) => j },
   {
@@ -16,7 +17,7 @@ const COLUMNS = [
     key: "promotes",
     label: "Promotes",
     title: "tokens whose logits it raises most",
-    room: "medium",
+    room: summary.anchored ? "medium" : "small",
     value: (j) => text(table.promotes[j][0]),
     cell: (j) => chips(table.promotes[j]),
   },
@@ -36,9 +37,10 @@ const COLUMNS = [
     value: (j) => table.max[j],
     cell: (j) => number(table.max[j]),
   },
-  { key: "stratum", label: "Stratum", room: "wide", value: (j) => stratum(j) },
+  { key: "stratum", label: "Stratum", anchors: true, room: "wide", value: (j) => stratum(j) },
   {
     key: "anchor",
+    anchors: true,
     label: "Anchor",
     title: "token it is anchored to",
     value: (j) => text(table.anchor[j]),
@@ -46,13 +48,14 @@ const COLUMNS = [
   },
   {
     key: "drift",
+    anchors: true,
     label: "Drift",
     title: "relative distance from that token's direction",
     number: true,
     value: (j) => table.drift[j],
     cell: (j) => number(table.drift[j]),
   },
-];
+].filter((column) => summary.anchored || !column.anchors);
 
 let table = null; // columns of data, an entry per feature
 let order = []; // features in the list, in order
@@ -223,6 +226,9 @@ function onListClick(event) {
 
 function startList() {
   buildHeader();
+  if (!summary.anchored) {
+    for (const choice of stratumChoice.querySelectorAll(".anchors")) choice.remove();
+  }
   let asked = false;
   scroller.addEventListener("scroll", () => {
     if (asked) return;

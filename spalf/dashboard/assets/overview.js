@@ -15,7 +15,7 @@ function chartSection(title, figures) {
   const shown = figures.filter(Boolean);
   const body = shown.length
     ? make("div", { class: "charts" }, ...shown)
-    : make("p", { class: "notice" }, "No metrics log was given.");
+    : make("p", { class: "notice" }, "There is no metrics log of this SAE.");
   return make("section", {}, make("h2", {}, title), body);
 }
 
@@ -127,9 +127,9 @@ function frontierTable() {
 function strataBars(width, histogram, label) {
   const total = histogram.free.map((count, i) => count + histogram.anchored[i]);
   const layers = [
-    { label: "free", stroke: colour("series-1"), counts: total, shown: histogram.free },
+    { label: summary.anchored ? "free" : "features", stroke: colour("series-1"), counts: total, shown: histogram.free },
     { label: "anchored", stroke: colour("series-2"), counts: histogram.anchored },
-  ];
+  ].slice(0, summary.anchored ? 2 : 1);
   return bars(width, label, histogram.edges, layers, "features");
 }
 
@@ -145,6 +145,7 @@ function densityFigure() {
 }
 
 function thresholdFigure() {
+  if (!summary.threshold) return null; // it keeps the k largest instead
   return figure(
     "Thresholds θ, in units of the activations' scale",
     "Histogram of thresholds",
