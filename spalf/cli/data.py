@@ -10,11 +10,12 @@ from typing import Any
 import click
 from tabulate import tabulate
 
+from spalf.cli.listing import Listing
 from spalf.config import DatasetConfig
 from spalf.errors import UserError
 
 
-@click.group("data", epilog="Example: spalf data inspect results/demo-2l/calibration")
+@click.group("data", cls=Listing, epilog="Example: spalf data inspect results/demo-2l/calibration")
 def data() -> None:
     """Look at datasets and tokens."""
 

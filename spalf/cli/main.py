@@ -11,6 +11,7 @@ from spalf.cli.data import data
 from spalf.cli.errors import run_cli
 from spalf.cli.init_workflow import init_workflow
 from spalf.cli.interchange import export, import_
+from spalf.cli.listing import Listing
 from spalf.cli.options import (
     EACH_CELLS_OWN,
     UNUSED_BY_CALIBRATION,
@@ -61,7 +62,10 @@ EXAMPLES = {
 }
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Listing,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="spalf")
 def spalf() -> None:
     """Sparse autoencoders trained by constrained optimisation, step by step."""

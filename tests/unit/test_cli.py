@@ -387,3 +387,9 @@ def test_runtime_option_overrides_the_file(tmp_path: Path) -> None:
     assert config.runtime.log_every_steps == 7
     assert config.runtime.device == "auto"
     assert read_config(path, None, "{}", None).runtime.device == "cpu"
+
+
+def test_the_list_of_commands_cuts_no_sentence() -> None:
+    for command in (main.spalf, main.spalf.commands["data"]):
+        text = CliRunner().invoke(command, ["--help"], terminal_width=80).output
+        assert "..." not in text.split("Commands:")[1].split("Example:")[0]

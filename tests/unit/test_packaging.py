@@ -97,6 +97,79 @@ def test_the_installed_package_is_the_one_that_runs(installed: Installed) -> Non
     assert re.search(r"\d+\.\d+", installed.run("spalf", "--version").stdout)
 
 
+CLIENT = """
+from pathlib import Path
+
+from spalf import LoadedSAE, load_sae, patched
+from spalf.errors import UserError
+from spalf.models import LanguageModel, load_model, patched_site
+
+
+def width(folder: Path) -> int:
+    sae: LoadedSAE = load_sae(folder, device="cpu")
+    site = sae.hook_point or "blocks.0.hook_resid_post"
+    model: LanguageModel = load_model(sae.model_name or "spalf/demo-2l", site, device="cpu")
+    with patched(model, sae), patched_site(model, site, lambda x: 0.9 * x):
+        return sae.d_sae + model.d_vocab
+
+
+try:
+    width(Path("sae"))
+except UserError as error:
+    print(error.key, error.remedy)
+"""
+WRONG = """
+from spalf import load_sae
+
+sae = load_sae(3)
+name: str = sae.d_sae
+sae.encodes
+"""
+
+
+def check_types(installed: Installed, directory: Path, text: str) -> tuple[int, str]:
+    """What mypy says of a user's file; it takes a minute for the libraries that are left out."""
+    (directory / "client.py").write_text(text, encoding="utf-8")
+    others = ",".join(f"{name}.*" for name in ("torch", "transformers", "transformer_lens"))
+    settings = f"[mypy]\nstrict = True\n[mypy-{others}]\nfollow_imports = skip\n"
+    (directory / "mypy.ini").write_text(settings, encoding="utf-8")
+    python = ["--python-executable", str(installed.bin / "python")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *python, "client.py"],
+        cwd=directory,
+        env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_user_of_the_wheel_gets_its_types(installed: Installed, tmp_path: Path) -> None:
+    assert check_types(installed, tmp_path, CLIENT) == (
+        0,
+        "Success: no issues found in 1 source file\n",
+    )
+    status, said = check_types(installed, tmp_path, WRONG)
+    assert status == 1
+    assert 'Argument 1 to "load_sae" has incompatible type "int"; expected "str | Path"' in said
+    assert 'expression has type "int", variable has type "str"' in said
+    assert '"LoadedSAE" has no attribute "encodes"' in said
+    assert "Found 3 errors" in said
+
+
+def test_every_extra_that_anything_names_is_one_of_the_wheel(installed: Installed) -> None:
+    names = zipfile.ZipFile(installed.wheel)
+    (metadata,) = (name for name in names.namelist() if name.endswith("METADATA"))
+    extras = set(re.findall(r"^Provides-Extra: (\S+)", names.read(metadata).decode(), re.MULTILINE))
+    found = set()
+    sources = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("spalf/**/*.py")]
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        found |= {e for group in re.findall(r"spalf\[([a-z,]+)\]", text) for e in group.split(",")}
+    assert {"baselines", "tensorboard", "wandb"} <= found <= extras
+
+
 def test_a_project_from_the_wheel_is_ready_for_snakemake(
     installed: Installed, tmp_path: Path
 ) -> None:

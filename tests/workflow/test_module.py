@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from spalf.config import DatasetConfig, EvaluateConfig, SweepConfig
 from tests.workflow.conftest import ROOT, SMALL, Sweep
 
 OUTER = """
@@ -77,3 +78,13 @@ def test_the_catalogue_describes_the_workflow() -> None:
     assert set(usage) == {"mandatory-flags", "software-stack-deployment", "report"}
     assert usage["software-stack-deployment"]["conda"] is True
     assert Path(ROOT, "environment.yml").exists()
+
+
+def test_the_page_about_the_configuration_names_every_key_and_file() -> None:
+    """What the catalogue shows, and what a new project has beside its configuration."""
+    text = (ROOT / "config" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([^`]+)`", text))
+    assert set(SweepConfig.model_fields) <= named
+    assert {"F", "R2_target", "lr", "total_tokens", "batch_size", "seq_len"} <= named
+    assert set(DatasetConfig.model_fields) | set(EvaluateConfig.model_fields) <= named
+    assert {path.name for path in (ROOT / "config").glob("*.yaml")} <= named

@@ -1,5 +1,9 @@
 # Pages to look at features, one per SAE. Nothing else needs them: `snakemake dashboards`.
 
+SHOWN = [
+    wildcards_of(cell) for cell in SWEEP.cells() if cell.method in ("spalf", *BASELINES)
+]
+
 
 rule dashboard:
     input:
@@ -149,5 +153,5 @@ rule dashboard_imported:
 
 rule dashboards:
     input:
-        of_cells(f"{CELL}/dashboard.html", EVALUATED),
+        of_cells(f"{CELL}/dashboard.html", SHOWN),
         of_cells(f"{IMPORT}/dashboard.html", IMPORTED),
