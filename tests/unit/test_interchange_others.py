@@ -76,7 +76,7 @@ def test_dictionary_learning_files(trainer_dir: Path, ours: LoadedSAE, x: torch.
 
 
 def test_dictionary_learning_itself(trainer_dir: Path, ours: LoadedSAE, x: torch.Tensor) -> None:
-    why = "installing dictionary-learning would replace torch; docs/interchange.md says how"
+    why = "installing dictionary-learning would replace torch; make test puts it beside it"
     utils = pytest.importorskip("dictionary_learning.utils", reason=why)
     theirs, _ = utils.load_dictionary(str(trainer_dir), "cpu")
     assert type(theirs).__name__ == "JumpReluAutoEncoder"
