@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spalf.config import DatasetConfig
+from spalf.data import is_on_hub
 from spalf.errors import UserError
 from spalf.interchange.load import LoadedSAE
 
@@ -117,7 +119,8 @@ def _title(subject: Subject) -> str:
 def _card_data(subject: Subject, metrics: Mapping[str, Any]) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset = _public((subject.settings.get("dataset") or {}).get("path"))
+    path = (subject.settings.get("dataset") or {}).get("path")
+    dataset = _public(path)
     # Figures of the SAE with thresholds are none of its TopK conversion.
     published = {} if subject.k is not None else metrics
     results = [
@@ -136,6 +139,7 @@ def _card_data(subject: Subject, metrics: Mapping[str, Any]) -> Any:
         library_name=subject.format,
         tags=["sparse-autoencoder", "interpretability", "spalf", subject.format],
         base_model=subject.sae.model_name if _on_hub(subject.sae.model_name) else None,
+        datasets=[path] if path and is_on_hub(DatasetConfig(path=path)) else None,
         model_name=_title(subject) if results else None,
         eval_results=results or None,
     )

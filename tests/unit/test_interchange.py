@@ -364,6 +364,20 @@ def test_card_names_models_of_the_hub_and_no_paths(
     assert "/data/private" not in text
 
 
+@pytest.mark.parametrize(
+    ("path", "listed"), [("org/texts", ["org/texts"]), ("python-stdlib", None), ("a.jsonl", None)]
+)
+def test_card_lists_datasets_of_the_hub(
+    demo_run: Path, path: str, listed: list[str] | None
+) -> None:
+    from huggingface_hub import ModelCard
+
+    sae = load_sae(demo_run / "phase2")
+    settings = {**sae.metadata["config"], "dataset": {"path": path}}
+    card = ModelCard(model_card(Subject(sae, settings, "saelens", None)))
+    assert card.data.datasets == listed
+
+
 def test_card_of_a_conversion_claims_no_results(demo_run: Path, tmp_path: Path) -> None:
     export(demo_run / "phase2", tmp_path / "out", "sparsify", k=8, card=True)
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
