@@ -300,6 +300,19 @@ def test_a_plain_page_fits_and_axe_finds_nothing(
     assert not [rule["id"] for rule in axe(page)["violations"]]
 
 
+@pytest.mark.parametrize("width", [1700, 1440, 920, 360])
+@pytest.mark.parametrize("kind", ["planted", "plain"])
+def test_no_column_is_too_narrow_for_its_name(
+    open_page: Open, request: pytest.FixtureRequest, kind: str, width: int
+) -> None:
+    page = open_page(request.getfixturevalue(kind), width=width)
+    for name in page.locator("#columns th:visible").evaluate_all(
+        "e => e.map((c) => c.dataset.key)"
+    ):
+        page.locator(f'th[data-key="{name}"] button').click()  # adds an arrow
+        assert page.evaluate(CUT_OFF) == []
+
+
 @pytest.mark.parametrize("address", VIEWS)
 def test_a_narrow_window_shows_one_thing_at_a_time(
     open_page: Open, planted: Path, address: str
@@ -354,6 +367,11 @@ def test_tokens_can_be_read_on_every_colour(open_page: Open, planted: Path, sche
     # The strongest is told from the background, too.
     assert page.evaluate(STRONGEST_AGAINST_BACKGROUND) >= 1.5
 
+
+CUT_OFF = """[...document.querySelectorAll("#columns th button")]
+  .filter((button) => button.offsetParent && button.scrollWidth > button.clientWidth)
+  .map((button) => button.textContent)"""
+"""Names of columns that do not fit."""
 
 COLOURS_OF_CHART = """(chart) => {
   const copy = new OffscreenCanvas(chart.width, chart.height);

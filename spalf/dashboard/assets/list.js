@@ -41,6 +41,7 @@ const COLUMNS = [
   {
     key: "anchor",
     anchors: true,
+    room: "small",
     label: "Anchor",
     title: "token it is anchored to",
     value: (j) => text(table.anchor[j]),

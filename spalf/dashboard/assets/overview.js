@@ -138,7 +138,7 @@ function densityFigure() {
   const tokens = summary.tokens.toLocaleString("en");
   const caption =
     `Density: log₁₀ of the share of ${tokens} tokens on which a feature is active. ` +
-    `${silent} silent ones are not drawn.`;
+    `Silent, and so not drawn: ${silent}.`;
   return figure(caption, `Histogram of feature densities; ${silent} features are silent`, (width) =>
     strataBars(width, summary.density, "log₁₀ density"),
   );
