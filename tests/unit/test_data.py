@@ -500,7 +500,7 @@ def test_hub_failure_is_one_line(monkeypatch: Any) -> None:
 
     monkeypatch.setattr("spalf.data.sources.hub_reachable", lambda: True)
     monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(UserError, match=r"cannot be fetched \(no route\); with no network"):
+    with pytest.raises(UserError, match=r"cannot be fetched \(no route to host\); with no network"):
         documents(dataset("org/name"))
 
 
