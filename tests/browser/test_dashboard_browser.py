@@ -277,6 +277,13 @@ def test_where_nothing_is_anchored_nothing_speaks_of_anchors(open_page: Open, pl
     assert "anchor" not in page.locator("body").inner_text().lower()
 
 
+def test_an_l0_axis_has_ticks_however_narrow_it_is(open_page: Open, planted: Path) -> None:
+    page = open_page(planted)
+    for low, high in ((13.3, 19.2), (0.9, 1.3), (240, 260), (3, 9), (1, 4000)):
+        ticks = page.evaluate(f"logTicks({low}, {high})")
+        assert 3 <= len(ticks) <= 15 and all(low <= tick <= high for tick in ticks)
+
+
 def test_what_is_not_known_is_said(open_page: Open, plain: Path) -> None:
     page = open_page(plain, "#feature-12")
     wait_for_feature(page, 12)

@@ -61,6 +61,10 @@ def test_another_workflow_runs_them_with_its_own_values_on_the_command_line(oute
     log = outer.directory / "results/tiny/L0_4/seed_0/logs/phase1.log"
     assert re.match(r"job - on \S+", log.read_text(encoding="utf-8"))  # the launcher was found
     assert outer.planned("--config", "threshold=5") == {}
+    done = outer.run("--report", "report.html")
+    assert done.returncode == 0, done.stdout
+    report = (outer.directory / "report.html").read_text(encoding="utf-8")
+    assert '"results/figures/pareto.png"' in report and '"Course of training"' in report
 
 
 def test_a_fault_in_what_it_is_given_is_one_line(outer: Sweep) -> None:

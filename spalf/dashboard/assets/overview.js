@@ -53,7 +53,7 @@ function otherMethods() {
 // This SAE, the others of its model, and what scaling its thresholds would give, against L0.
 function frontierFigure(key, label) {
   const { frontier, sweep } = summary;
-  const kinds = ["thresholds scaled", ...otherMethods(), "this SAE"];
+  const kinds = [...(sweep.length ? ["thresholds scaled"] : []), ...otherMethods(), "this SAE"];
   const points = [
     ...frontier.map((row) => ({ x: row.l0, y: row[key], kind: row.own ? "this SAE" : row.method })),
     ...sweep.map((row) => ({ x: row.l0, y: row[key], kind: "thresholds scaled" })),
@@ -70,16 +70,17 @@ function frontierFigure(key, label) {
   const count = `${label} of ${frontier.length} SAEs against their L0`;
   const described = `${count}; the numbers are in the table below`;
   return figure(`${label} against L0`, described, (width) => {
+    const scaled = {
+      label: "thresholds scaled",
+      stroke: colour("muted"),
+      width: 1.5,
+      dash: [4, 4],
+      spanGaps: true,
+      points: { show: true, size: 4 },
+      value: (_, value) => number(value),
+    };
     const series = [
-      {
-        label: "thresholds scaled",
-        stroke: colour("muted"),
-        width: 1.5,
-        dash: [4, 4],
-        spanGaps: true,
-        points: { show: true, size: 4 },
-        value: (_, value) => number(value),
-      },
+      ...(sweep.length ? [scaled] : []),
       ...otherMethods().map((name, i) => dots(name, colour(METHOD_COLOURS[i % 4]), 9)),
       dots("this SAE", colour("series-2"), 12),
     ];
@@ -98,9 +99,15 @@ function frontierFigure(key, label) {
   });
 }
 
-// 1, 2, 5, 10, … inside a range, and more of them where it is narrow.
+// 1, 2, 5, 10, … inside a range, more of them where it is narrow, and evenly where it is very.
 function logTicks(low, high) {
   const ticks = [];
+  if (high < 2 * low) {
+    const power = 10 ** Math.floor(Math.log10((high - low) / 5));
+    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= (high - low) / 5);
+    for (let i = Math.ceil(low / step); i * step <= high; i++) ticks.push(i * step);
+    return ticks;
+  }
   const factors = high / low < 10 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : [1, 2, 5];
   for (let power = 10 ** Math.floor(Math.log10(low)); power <= high; power *= 10) {
     for (const factor of factors) {
