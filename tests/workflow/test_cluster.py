@@ -58,7 +58,7 @@ def test_site_block_uncommented_is_valid_yaml() -> None:
         path.read_text(encoding="utf-8") for path in (ROOT / "workflow/rules").glob("*.smk")
     )
     with_gpu = re.findall(
-        r"^rule (\w+):(?:(?!^rule ).)*? gpu=gpus,", rules, re.MULTILINE | re.DOTALL
+        r"^rule (\w+):(?:(?!^rule ).)*? gpu=gpus(?:_of.*?)?,", rules, re.MULTILINE | re.DOTALL
     )
     assert set(block["set-resources"]) == set(with_gpu) >= {"calibrate", "phase1", "evaluate"}
     assert block["set-resources"]["evaluate"] == {"gpu_model": "a100"}
