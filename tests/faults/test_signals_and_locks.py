@@ -54,7 +54,7 @@ PLACES = [
     ("calibrate", "spalf.whitening:SplitHalfCovariance", "update", 3),
     ("phase1", "spalf.training.graph", "train_step", 1),
     ("phase1", "spalf.training.graph", "train_step", 30),
-    ("phase1", "spalf.activations:ActivationStore", "sequences", 2),
+    ("phase1", "spalf.activations:ActivationStore", "_read", 2),
     ("phase2", "spalf.training.graph", "train_step", 4),
     ("phase2", "spalf.activations:ActivationStore", "sequences", 3),
     ("evaluate", "spalf.data:SequenceStream", "sequences", 2),
