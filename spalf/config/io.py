@@ -144,7 +144,9 @@ def _one_line(error: ValidationError, model: type[BaseModel], where: str) -> Use
     if fault["type"] == "missing":
         return UserError(prefix, None, "is missing; add it")
     if fault["type"] == "value_error":
-        return UserError(prefix, None, str(fault["ctx"]["error"]))
+        # Where fields contradict each other, the message names them; the input is all of them.
+        value = None if isinstance(fault["input"], Mapping) else fault["input"]
+        return UserError(prefix, value, str(fault["ctx"]["error"]))
     return UserError(prefix, fault["input"], _explain(fault["msg"], fault["input"]))
 
 

@@ -84,6 +84,18 @@ class GridConfig(Frozen):
     ]
     seed: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
 
+    @field_validator("L0_target", "seed")
+    @classmethod
+    def _distinct(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        """No two cells may have one directory."""
+        seen: dict[str, float] = {}
+        for value in values:
+            label = f"{value:g}" if isinstance(value, float) else str(value)
+            if label in seen:
+                raise ValueError(f"{seen[label]} and {value} are both called {label}; remove one")
+            seen[label] = value
+        return values
+
 
 class VariantEntry(Frozen):
     """What a variant changes; it is trained at every point of the grid beside the sweep itself.

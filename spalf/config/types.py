@@ -5,9 +5,10 @@ It round-trips through YAML (`spalf.config.io`); `spalf.config.sweep` has grids 
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from spalf.config.base import Frozen
 from spalf.config.constants import StructuralConstants
@@ -26,6 +27,12 @@ BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 BUFFER_TOKENS = 2**20
 """Capacity of the activation buffer, in activations (M18)."""
+
+
+def _no_way_up(path: str) -> str:
+    if ".." in PurePath(path).parts:
+        raise ValueError("must not lead upwards with '..'; write the directory that is meant")
+    return path
 
 
 def _dataset_shorthand(value: object) -> object:
@@ -186,7 +193,7 @@ class RunConfig(TrainConfig):
     hook_point: NonEmpty
     dataset: Dataset
     seed: Seed = 0
-    output_dir: NonEmpty = "results/run"
+    output_dir: Annotated[NonEmpty, AfterValidator(_no_way_up)] = "results/run"
     checkpoint: str | None = None
     revision: str | None = None
     backend: Literal["auto", "huggingface", "transformer_lens"] = "auto"

@@ -57,7 +57,12 @@ def test_a_run_survives_yaml(settings: dict[str, Any]) -> None:
     assert to_yaml(again) == to_yaml(config)
 
 
-@given(run_settings(), st.lists(st.floats(0.5, 1.5), min_size=1, max_size=3))
+TARGETS = st.lists(
+    st.floats(0.5, 1.5), min_size=1, max_size=3, unique_by=lambda target: f"{target:g}"
+)
+
+
+@given(run_settings(), TARGETS)
 def test_a_sweep_survives_yaml(settings: dict[str, Any], targets: list[float]) -> None:
     train = {k: settings[k] for k in ("F", "lr", "total_tokens", "batch_size", "seq_len")}
     sweep = parse_sweep(
