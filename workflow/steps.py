@@ -83,7 +83,7 @@ def settings(step: str, config: RunConfig) -> str:
 
 
 def sweep_settings(sweep: SweepConfig) -> str:
-    """The grid that the manuscript is about, as canonical JSON; how it was executed left out."""
+    """The grid that a report is about, as canonical JSON; how it was executed left out."""
     data = sweep.model_dump(mode="json", exclude={"runtime", "pack"}, exclude_defaults=True)
     return json.dumps(data, sort_keys=True)
 

@@ -21,7 +21,9 @@ from spalf.cli.options import (
     existing_file,
     finished_only,
     read_config,
+    read_sweep,
     skipping,
+    sweep,
 )
 from spalf.cli.paper import paper
 from spalf.cli.status import status
@@ -55,9 +57,12 @@ EXAMPLES = {
         "spalf dashboard --config run.yaml --calibration run/calibration --phase1 run/phase1 "
         "--phase2 run/phase2 --evaluation run/evaluation.json --out run/dashboard.html"
     ),
-    "aggregate": "spalf aggregate --out results/tables results/*/L0_*/seed_*/evaluation.json",
+    "aggregate": "spalf aggregate --sweep config/config.yaml --out results/tables",
     "tables": "spalf tables --out results/tables results/tables/frontier.csv",
-    "figures": "spalf figures --out results/figures --frontier results/tables/frontier.csv",
+    "figures": (
+        "spalf figures --sweep config/config.yaml --frontier results/tables/frontier.csv "
+        "--out results/figures"
+    ),
     "describe": "spalf describe config/experiments/demo-2l.yaml",
 }
 
@@ -263,13 +268,15 @@ def dashboard(
 
 
 @step("aggregate")
+@sweep
 @click.option("--out", type=directory, required=True, help="Directory of the tables.")
-@click.argument("evaluations", nargs=-1, required=True, type=existing_file)
-def aggregate(out: Path, evaluations: tuple[Path, ...]) -> None:
-    """Collect evaluation.json files into frontier.csv and phases.csv."""
+@click.argument("evaluations", nargs=-1, type=existing_file)
+def aggregate(out: Path, evaluations: tuple[Path, ...], results: Path, **given: Any) -> None:
+    """Collect a sweep's evaluation.json files, or those named, into frontier.csv and phases.csv."""
     from spalf.report import aggregate as run
+    from spalf.report import evaluations_of
 
-    run(evaluations, out)
+    run(evaluations or evaluations_of(read_sweep(**given), results), out)
 
 
 @step("tables")
@@ -283,19 +290,14 @@ def tables(out: Path, tables: tuple[Path, ...]) -> None:
 
 
 @step("figures")
+@sweep
 @click.option("--out", type=directory, required=True, help="Directory of the figures.")
 @click.option("--frontier", type=existing_file, required=True, help="frontier.csv")
-@click.option("--control", multiple=True, help="MODEL=metrics.jsonl, once per cell and phase.")
-def figures(out: Path, frontier: Path, control: tuple[str, ...]) -> None:
-    """Draw the frontier, and the course of training of each model's cells."""
-    from spalf.report import control_figure, pareto_figures
+def figures(out: Path, frontier: Path, results: Path, **given: Any) -> None:
+    """Draw the frontier and, of a sweep, the course of training of each model's cells."""
+    from spalf.report import control_figure, metrics_of, pareto_figures
 
-    by_model: dict[str, list[Path]] = {}
-    for pair in control:
-        model, separator, path = pair.partition("=")
-        if not separator:
-            raise UserError("--control", pair, "must be MODEL=FILE")
-        by_model.setdefault(model, []).append(Path(path))
+    by_model = metrics_of(read_sweep(**given), results) if any(given.values()) else {}
     pareto_figures(frontier, out)
     for model, metrics in by_model.items():
         control_figure(model, metrics, out)

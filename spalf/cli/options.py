@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from spalf.config import RunConfig, parse
+from spalf.config import RunConfig, SweepConfig, load_sweep, parse, parse_sweep
 from spalf.config.io import read_mapping
 from spalf.errors import UserError
 
@@ -81,6 +81,34 @@ def context_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take out of ``options`` what `StepContext` wants to know."""
     names = ("if_locked", "if_foreign", "skip_nonfinite", "finished_only")
     return {name: options.pop(name) for name in names if name in options}
+
+
+def sweep(command: Command) -> Command:
+    """``--sweep FILE`` or ``--settings JSON``, and ``--results``: cells of a sweep and their place.
+
+    However many there are, the command line stays short.
+    """
+    options = [
+        click.option("--sweep", "sweep_file", type=existing_file, help="YAML file of the sweep."),
+        click.option("--settings", help="The same as one JSON object instead of a file."),
+        click.option("--results", type=directory, default="results", help="Directory of results."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_sweep(sweep_file: Path | None, settings: str | None) -> SweepConfig:
+    """The sweep from the options of `sweep`.
+
+    Raises:
+        UserError: neither or both sources were given, or the content is invalid.
+    """
+    if (sweep_file is None) == (settings is None):
+        raise UserError("--sweep", None, "give either --sweep FILE or --settings JSON")
+    if sweep_file is not None:
+        return load_sweep(sweep_file)
+    return parse_sweep(_json_object("--settings", settings or ""), "--settings")
 
 
 def read_config(

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spalf.errors import UserError
+from spalf.report.files import replacing
 from spalf.report.records import Evaluation, read_evaluation
 
 FRONTIER_COLUMNS = (
@@ -110,8 +111,7 @@ def _require_distinct(evaluations: list[Evaluation], paths: list[Path]) -> None:
 
 
 def _write(table: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    table.to_csv(
-        temporary, columns=list(columns), index=False, float_format="%.6g", lineterminator="\n"
-    )
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        table.to_csv(
+            temporary, columns=list(columns), index=False, float_format="%.6g", lineterminator="\n"
+        )

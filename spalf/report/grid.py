@@ -58,7 +58,8 @@ def _row(steps: Sequence[StepStatus]) -> tuple[str, ...]:
     open_steps = [step for step in steps if step.state != "done"]
     open_steps.sort(key=lambda step: ORDER.index(step.state) if step.state in ORDER else len(ORDER))
     current = open_steps[0] if open_steps else steps[-1]
-    finished = current.state == "done" and current.step in ("calibrate", "pack", "evaluate")
+    finishing = ("calibrate", "pack", "evaluate", "dashboard")
+    finished = current.state == "done" and current.step in finishing
     state = "waiting" if current.state == "done" and not finished else current.state
     log = str(current.logs[0]) if current.logs else ""
     where = "" if finished else f"after {current.step}" if state == "waiting" else current.step

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +79,28 @@ class Evaluation(_Record):
     final: str
 
 
+def evaluation_digest(report: Mapping[str, Any]) -> str:
+    """Digest of an ``evaluation.json``'s content; the field ``digest`` that holds it left out."""
+    text = json.dumps({k: v for k, v in report.items() if k != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_evaluation(path: Path) -> Evaluation:
     """Read one ``evaluation.json``.
 
     Raises:
-        UserError: the file is missing, empty, not JSON, or lacks a field; the message names both.
+        UserError: the file is missing, empty, not JSON, altered, or lacks a field; the message
+            names both.
     """
+    text = _text(path)
     try:
-        evaluation = Evaluation.model_validate_json(_text(path))
+        evaluation = Evaluation.model_validate_json(text)
     except ValidationError as error:
         raise UserError(str(path), None, f"{_fault(error)}{_REDO}") from None
+    # One that another program wrote has none.
+    report = json.loads(text)
+    if report.get("digest", evaluation_digest(report)) != evaluation_digest(report):
+        raise UserError(str(path), None, f"does not match its digest; it was altered{_REDO}")
     if evaluation.final not in evaluation.phases:
         remedy = f"final phase {evaluation.final!r} is not among its phases{_REDO}"
         raise UserError(str(path), None, remedy)

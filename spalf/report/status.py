@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-CELL_STEPS = ("init", "phase1", "phase2", "baseline", "evaluate")
+OUTCOMES = {"evaluate": "evaluation.json", "dashboard": "dashboard.html"}
+"""What a step leaves behind when it is done, where that is not ``<step>/metadata.json``."""
+CELL_STEPS = ("init", "phase1", "phase2", "baseline", "evaluate", "dashboard")
 SLURM_LOGS = Path("logs", "slurm")
 BASELINES = ("/batchtopk", "/topk", "/jumprelu")
 PLACE = re.compile(r"^job (?P<job>\S+) on (?P<node>[^\s,]+)")
@@ -52,7 +54,7 @@ class StepStatus:
 
     Attributes:
         cell: ``<model>`` or ``<model> L0_<target> seed_<seed>``, with a variant's or a baseline's
-            name after the model's.
+            name after the model's; ``<model> imported <name>``.
         step: name of the step.
         state: ``done``, ``stopped``, ``running``, or what the queue says (``pending``).
         job: id of its last job; empty where no scheduler was involved.
@@ -121,9 +123,9 @@ def _steps(results: Path) -> Iterator[tuple[Path, str, Path]]:
         yield series, "pack", series / "pack.json"
         for cell in sorted(series.glob("L0_*/seed_*"), key=_numbers):
             for step in CELL_STEPS:
-                outcome = Path("evaluation.json") if step == "evaluate" else Path(step)
-                done = cell / outcome
-                yield cell, step, done if step == "evaluate" else done / "metadata.json"
+                yield cell, step, cell / OUTCOMES.get(step, f"{step}/metadata.json")
+        for sae in sorted(path for path in series.glob("imported/*") if path.is_dir()):
+            yield sae, "evaluate", sae / OUTCOMES["evaluate"]
 
 
 def _series(results: Path) -> Iterator[Path]:
@@ -202,7 +204,11 @@ def _place(log: Path) -> tuple[str, str]:
 def _slurm_log(results: Path, folder: Path, step: str) -> Path | None:
     """Slurm's log of the last job of a step that failed; those of finished ones are deleted."""
     series, *cell = _wildcards(results, folder, step)
-    rule = f"{step}_baseline" if step == "evaluate" and series.endswith(BASELINES) else step
+    rule = step
+    if step == "evaluate" and series.endswith(BASELINES):
+        rule = "evaluate_baseline"
+    elif folder.parent.name == "imported":
+        rule = "evaluate_imported"
     name = "_".join([series.replace("/", "_"), *cell])
     logs = (results / SLURM_LOGS / f"rule_{rule}" / name).glob("*.log")
     numbered = [path for path in logs if path.stem.isdigit()]
@@ -210,8 +216,10 @@ def _slurm_log(results: Path, folder: Path, step: str) -> Path | None:
 
 
 def _wildcards(results: Path, folder: Path, step: str) -> list[str]:
-    """What Snakemake calls the series, L0 and seed of a step's folder."""
+    """What Snakemake calls the series, L0 and seed of a step's folder, or the SAE's name."""
     parts = folder.relative_to(results).parts
+    if folder.parent.name == "imported":
+        return [parts[0], parts[-1]]
     if step == "calibrate":
         return ["/".join(parts[:-1])]
     if step == "pack":

@@ -13,6 +13,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from spalf.report.files import replacing
+
 METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, told apart with every common form of colour blindness."""
 
@@ -59,10 +61,8 @@ def house_style() -> Iterator[None]:
 
 def save(figure: Figure, path: Path) -> Path:
     """Save ``figure`` in the format of ``path``'s suffix, without a date."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format=path.suffix[1:], metadata=_UNDATED[path.suffix])
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], metadata=_UNDATED[path.suffix])
     return path
 
 

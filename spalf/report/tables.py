@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from spalf.report.files import replacing
 from spalf.report.records import read_frontier
 
 
@@ -75,14 +76,14 @@ def write_tables(tables: Iterable[Path], out_dir: Path) -> list[Path]:
         UserError: a table is missing or damaged.
     """
     read = [(path, read_frontier(path)) for path in tables]
-    out_dir.mkdir(parents=True, exist_ok=True)
     written = []
     for path, table in read:
         shown = table[[name for name in COLUMNS if _says_something(table, name)]]
         texts = {"md": _markdown(shown), "tex": _latex(shown), "html": _html(shown, path.stem)}
         for suffix, text in texts.items():
             target = out_dir / f"{path.stem}.{suffix}"
-            target.write_text(text, encoding="utf-8")
+            with replacing(target) as temporary:
+                temporary.write_text(text, encoding="utf-8")
             written.append(target)
     return written
 

@@ -153,6 +153,9 @@ FIELDS = [
     _case("unknown backend", "backend = 'jax'", _config(backend="jax")),
     _case("no output_dir", "output_dir = ''", _config(output_dir="")),
     _case(
+        "a way out", "output_dir = 'results/../../x'|'..'", _config(output_dir="results/../../x")
+    ),
+    _case(
         "a factor of 0", "sweep_factors|greater than 0", _config(evaluate={"sweep_factors": [0]})
     ),
     _case(
@@ -355,10 +358,11 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "an unknown policy": (["spalf", "phase1", "--if-locked", "steal"], "--if-locked"),
     "a missing evaluation": (["spalf", "aggregate", "--out", "o", "none.json"], "none.json"),
     "a missing table": (["spalf", "tables", "--out", "o", "none.csv"], "none.csv"),
-    "a control without a model": (
-        ["spalf", "figures", "--out", "o", "--frontier", "f.csv", "--control", "x"],
-        "MODEL=FILE",
+    "two sweeps": (
+        ["spalf", "figures", "--out", "o", "--frontier", "f", "--sweep", "s", "--settings", "{}"],
+        "either --sweep FILE or --settings JSON",
     ),
+    "nothing to collect": (["spalf", "aggregate", "--out", "o"], "either --sweep FILE"),
     "no such file": (["spalf-train", "nowhere.yaml"], "nowhere.yaml"),
     "a directory for a file": (["spalf-train", "."], "directory"),
     "nothing to describe": (["spalf", "describe", "nowhere.yaml"], "no such file"),

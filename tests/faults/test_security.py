@@ -53,6 +53,33 @@ def test_a_name_is_just_a_name(name: str, sweep: Sweep) -> None:
     assert json.loads(given)["dataset"]["path"] == name
 
 
+def test_no_step_runs_what_a_name_says(sweep: Sweep) -> None:
+    """A model's, a dataset's and a tokenizer's branch, through every rule to the figures."""
+    name = " ".join(text for text in HOSTILE if not text.startswith((".", "-")))
+    models = {"tiny": {"model_name": name, "hook_point": "blocks.0", "revision": name}}
+    sweep.configure(models=models, dataset=name, grid={"L0_target": [4]})
+    result = sweep.run("--quiet", "all")
+    assert result.returncode == 0, result.stdout
+    assert not list(sweep.directory.rglob("pwned")) and not Path("pwned").exists()
+    told = {
+        call[0]: json.loads(call[call.index("--settings") + 1])
+        for call in sweep.calls()
+        if "--settings" in call
+    }
+    assert set(told) >= {
+        "calibrate",
+        "init",
+        "phase1",
+        "phase2",
+        "evaluate",
+        "aggregate",
+        "figures",
+    }
+    for step, settings in told.items():
+        model = settings["models"]["tiny"] if "models" in settings else settings
+        assert model["model_name"] == model["revision"] == name, step
+
+
 def _sweep(label: str) -> dict[str, object]:
     return {
         "models": {label: {"model_name": "a", "hook_point": "blocks.0.hook_resid_post"}},
@@ -192,10 +219,15 @@ def test_a_pickle_named_safetensors_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_rules_quote_what_the_configuration_says() -> None:
-    """In shell lines every placeholder that can hold the configuration's text is quoted."""
-    shell = re.compile(r"\{((?:params|input|output|log|wildcards)[^}]*)\}")
+    """In shell lines every placeholder is quoted, but for the launcher, which is quoted already."""
+    blocks = re.compile(r"^    shell:\n((?:        .*\n?)+)", re.MULTILINE)
+    placeholder = re.compile(r"\{([^{}]+)\}")
+    quoted = 0
     for path in (ROOT / "workflow" / "rules").glob("*.smk"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        commands = [line for line in lines if re.match(r'\s+"( |exec |spalf )', line)]
-        for found in shell.findall("\n".join(commands)):
-            assert found.endswith(":q"), (path.name, found)
+        text = path.read_text(encoding="utf-8")
+        shells = blocks.findall(text)
+        assert len(shells) == text.count("shell:")
+        for found in placeholder.findall("".join(shells)):
+            assert found.endswith(":q") or found == "resources.launch", (path.name, found)
+            quoted += found.endswith(":q")
+    assert quoted > 50

@@ -129,3 +129,23 @@ def test_a_configuration_adds_what_was_not_started(results: Path) -> None:
 def test_nothing_at_all_is_one_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(status, [str(tmp_path)])
     assert done.output == f"nothing was started under {tmp_path}\n"
+
+
+def test_imported_saes_and_pages_are_named_too(results: Path) -> None:
+    """The steps that a sweep has only when asked to."""
+    cell = results / "tiny" / "L0_4" / "seed_0"
+    write(cell / "logs" / "dashboard.log", "job 5 on n2\nspalf: no room\n")
+    imported = results / "tiny" / "imported" / "theirs"
+    write(imported / "logs" / "evaluate.log", "job 7 on n3\nspalf: --sae: is too wide\n")
+    slurm = results / "logs" / "slurm" / "rule_evaluate_imported" / "tiny_theirs" / "7.log"
+    write(slurm, "slurmstepd: error: *** JOB 7 ON n3 CANCELLED AT 12:01 DUE TO TIME LIMIT ***\n")
+    said = describe_stopped(results)
+    assert "tiny L0_4 seed_0 dashboard stopped: spalf: no room\n    job 5 on n2" in said
+    assert "tiny imported theirs evaluate stopped: CANCELLED AT 12:01 DUE TO TIME LIMIT" in said
+    assert f"job 7 on n3; log: {imported}/logs/evaluate.log, {slurm}" in said
+    rows = table(results)
+    assert rows["tiny L0_4 seed_0"].startswith("stopped dashboard")
+    write(cell / "dashboard.html", "a page")
+    write_evaluation(imported / "evaluation.json", "tiny", 4.0)
+    assert table(results)["tiny L0_4 seed_0"].startswith("done 4.04")
+    assert table(results)["tiny imported theirs"].startswith("done 4.04")

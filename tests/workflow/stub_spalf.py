@@ -1,7 +1,8 @@
 """Stands in for the ``spalf`` command: writes what each step declares, and notes the call.
 
-Reads ``STUB_CALLS`` (a file that gets one line a call), ``STUB_FAIL`` (a step that fails) and
-``STUB_DIVERGE`` (a cell that a pack has no result of).
+Reads ``STUB_CALLS`` (a file that gets one line a call), ``STUB_FAIL`` (a step that fails),
+``STUB_DIVERGE`` (a cell that a pack has no result of) and ``STUB_GPUS`` (a file that gets a line
+when a call begins and ends, with the GPU it may use).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 STATE = ("model.safetensors", "tensors.safetensors", "control.safetensors", "optimizer.safetensors")
@@ -47,6 +49,18 @@ def leave_results_for_the_phases(arguments: list[str], out: Path) -> None:
 
 
 def main() -> int:
+    if "STUB_GPUS" not in os.environ:
+        return work()
+    with open(os.environ["STUB_GPUS"], "a", encoding="utf-8", buffering=1) as gpus:
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus.write(f"+{gpu}\n")
+        time.sleep(0.5)
+        status = work()
+        gpus.write(f"-{gpu}\n")
+    return status
+
+
+def work() -> int:
     step, arguments = sys.argv[1], sys.argv[2:]
     out = Path(arguments[arguments.index("--out") + 1])
     with open(os.environ["STUB_CALLS"], "a", encoding="utf-8") as calls:
@@ -62,7 +76,7 @@ def main() -> int:
         return 0
     names = OUTPUTS.get(step, ())
     if step == "figures":
-        models = {argument.split("=")[0] for argument in arguments if "=" in argument}
+        models = json.loads(arguments[arguments.index("--settings") + 1])["models"]
         names = ("pareto.pdf", "pareto.png", *(f"control_{model}.png" for model in models))
     for path in [out / name for name in names] or [out]:
         path.parent.mkdir(parents=True, exist_ok=True)

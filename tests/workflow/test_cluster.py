@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from spalf.config import parse_sweep
 from spalf.report.grid import describe_status
 from spalf.report.status import describe_stopped, sweep_status
 from tests.workflow.conftest import ROOT, SMALL, Sweep
@@ -36,6 +37,15 @@ MEASURED = {
 def test_profile_is_found_where_the_users_command_looks() -> None:
     assert (ROOT / "slurm").is_symlink()
     assert (ROOT / "slurm" / "config.yaml").samefile(ROOT / "workflow/profiles/slurm/config.yaml")
+
+
+def test_a_sweep_runs_after_ten_lines() -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (.+)$", page.split("\n\nModel and data set", 1)[0], re.MULTILINE)
+    assert len(lines) <= 10
+    named = {word for line in lines for word in line.split() if word.endswith(".yaml")}
+    assert {path for path in named if (ROOT / path).exists()} == named - {"my-sweep.yaml"}
+    assert lines[-2] == "snakemake --profile slurm --configfile my-sweep.yaml"
 
 
 @pytest.mark.parametrize("profile", ["slurm", "default", "local-gpus"])
@@ -60,6 +70,8 @@ def test_site_block_uncommented_is_valid_yaml() -> None:
     with_gpu = re.findall(
         r"^rule (\w+):(?:(?!^rule ).)*? gpu=gpus(?:_of.*?)?,", rules, re.MULTILINE | re.DOTALL
     )
+    # These are the steps whose memory and time are computed, and grow with each retry.
+    assert len(with_gpu) == rules.count("mem_mb=memory(") == rules.count("runtime=minutes(")
     assert set(block["set-resources"]) == set(with_gpu) >= {"calibrate", "phase1", "evaluate"}
     assert block["set-resources"]["evaluate"] == {"gpu_model": "a100"}
 
@@ -107,6 +119,25 @@ def test_dag_of_five_hundred_cells(sweep: Sweep) -> None:
     assert planned["phase1"] == 500
 
 
+def test_reports_on_a_thousand_cells_fit_a_command_line(sweep: Sweep) -> None:
+    """The kernel takes no argument above 128 KiB, and a rule's command is one."""
+    names = [f"a-model-with-a-long-name-{i}" for i in range(10)]
+    tiny = SMALL["models"]["tiny"]
+    grid = {"L0_target": list(range(2, 12)), "seed": list(range(10))}
+    sweep.configure(models={name: tiny for name in names}, grid=grid)
+    config = yaml.safe_load((sweep.directory / "config.yaml").read_text(encoding="utf-8"))
+    del config["models"]["tiny"]
+    (sweep.directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    for place in (cell.place for cell in parse_sweep(config, "config.yaml").cells()):
+        for file in ("evaluation.json", "phase1/metrics.jsonl", "phase2/metrics.jsonl"):
+            write(sweep.directory / "results" / place / file)
+    rules = ("aggregate", "tables", "figures", "all")
+    result = sweep.run("--allowed-rules", *rules, "--quiet", "all")
+    assert result.returncode == 0, result.stdout
+    assert sorted(call[0] for call in sweep.calls()) == ["aggregate", "figures", "tables"]
+    assert max(len("\t".join(call)) for call in sweep.calls()) < 2**14
+
+
 def launched(locks: Path, gpus: str, script: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(LAUNCH), "--gpu-locks", str(locks), sys.executable, "-c", script]
     return subprocess.Popen(
@@ -130,6 +161,36 @@ def test_steps_side_by_side_get_a_gpu_each(tmp_path: Path) -> None:
     running[0].communicate()
     assert waiting.communicate(timeout=20)[0].splitlines()[1] == first_lines[0][1].strip()
     running[1].communicate("\n")
+
+
+def test_profile_of_several_gpus_gives_each_step_one(sweep: Sweep, tmp_path: Path) -> None:
+    """Two GPUs, four cells: two steps at a time, never two on one GPU."""
+    sweep.configure(runtime={"device": "auto"}, grid={"L0_target": [2, 3, 4, 5]})
+    target = [f"results/tiny/L0_{n}/seed_0/init/metadata.json" for n in (2, 3, 4, 5)]
+    profile = ["--workflow-profile", "local-gpus", "--resources", "gpu=2", "--cores", "8"]
+    log = tmp_path / "gpus"
+    environment = {"STUB_GPUS": str(log), "CUDA_VISIBLE_DEVICES": "3,5"}
+    result = sweep.run(*profile, "--", *target, **environment)
+    assert result.returncode == 0, result.stdout
+    held: set[str] = set()
+    most = 0
+    for event in log.read_text(encoding="utf-8").split():
+        gpu = event[1:]
+        assert gpu in ("3", "5")
+        assert (gpu in held) == (event[0] == "-"), event
+        held ^= {gpu}
+        most = max(most, len(held))
+    assert most == 2 and not held
+    assert len(sweep.calls()) == 5
+
+
+def test_default_profile_runs_one_gpu_step_at_a_time(sweep: Sweep, tmp_path: Path) -> None:
+    sweep.configure(runtime={"device": "auto"}, grid={"L0_target": [2, 3]})
+    target = [f"results/tiny/L0_{n}/seed_0/init/metadata.json" for n in (2, 3)]
+    log = tmp_path / "gpus"
+    result = sweep.run("--cores", "8", "--", *target, STUB_GPUS=str(log))
+    assert result.returncode == 0, result.stdout
+    assert log.read_text(encoding="utf-8").split() == ["+", "-"] * 3
 
 
 @pytest.mark.parametrize(

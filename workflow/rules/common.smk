@@ -159,6 +159,11 @@ def settings(step):
     return lambda wildcards: steps.settings(step, run_config(wildcards))
 
 
+def grid(wildcards):
+    """The whole sweep. A function, because Snakemake looks for wildcards in what is a string."""
+    return steps.sweep_settings(SWEEP)
+
+
 def site(wildcards):
     """What calibration measured, once it has run."""
     path = CALIBRATION.format(model=CALIBRATED_AS[series_of(wildcards)])
@@ -263,19 +268,6 @@ def launch(wildcards):
 def of_cells(path, cells=CELLS):
     """``path`` for each cell, in the order of the configuration."""
     return [path.format(**cell) for cell in cells]
-
-
-def control_arguments():
-    """``--control MODEL=FILE`` for the metrics of every cell and phase, without the variants."""
-    return [
-        argument
-        for cell in PLAIN
-        for phase in ("phase1", "phase2")
-        for argument in (
-            "--control",
-            f"{cell['model']}={CELL.format(**cell)}/{phase}/metrics.jsonl",
-        )
-    ]
 
 
 def finished_cells():

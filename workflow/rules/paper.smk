@@ -22,7 +22,7 @@ rule paper:
         runtime=20,
     params:
         revision=steps.REVISIONS["paper"],
-        settings=steps.sweep_settings(SWEEP),
+        settings=grid,
         out=subpath(output.pdf, parent=True),
     message:
         "Numbers, tables, figures and the manuscript"
@@ -51,7 +51,7 @@ rule paper_partial:
     params:
         revision=steps.REVISIONS["paper"],
         found=finished_cells(),
-        settings=steps.sweep_settings(SWEEP),
+        settings=grid,
         out=subpath(output.pdf, parent=True),
     message:
         "The manuscript from the cells that are there"

@@ -1,3 +1,7 @@
+# The commands are told the grid, not its files: a thousand cells have more of them than a command
+# line may hold.
+
+
 rule aggregate:
     input:
         of_cells(f"{CELL}/evaluation.json", EVALUATED)
@@ -17,11 +21,12 @@ rule aggregate:
         runtime=10,
     params:
         revision=steps.REVISIONS["aggregate"],
+        settings=grid,
         out=subpath(output.frontier, parent=True),
     message:
         "Collecting every cell's evaluation"
     shell:
-        "spalf aggregate --out {params.out:q} {input:q} > {log:q} 2>&1"
+        "spalf aggregate --settings {params.settings:q} --out {params.out:q} > {log:q} 2>&1"
 
 
 rule tables:
@@ -96,10 +101,10 @@ rule figures:
         runtime=10,
     params:
         revision=steps.REVISIONS["figures"],
-        control=control_arguments(),
+        settings=grid,
         out=subpath(output.pdf, parent=True),
     message:
         "Drawing the frontier and the course of training"
     shell:
-        "spalf figures --out {params.out:q} --frontier {input.frontier:q} {params.control:q}"
-        " > {log:q} 2>&1"
+        "spalf figures --settings {params.settings:q} --frontier {input.frontier:q}"
+        " --out {params.out:q} > {log:q} 2>&1"
