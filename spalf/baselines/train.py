@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,17 @@ from spalf.baselines.recipes import (
     schedule_of_rate,
 )
 from spalf.baselines.selection import Score, score
+from spalf.baselines.state import from_checkpoint, to_checkpoint
+from spalf.checkpoint import Checkpoint
 from spalf.config import RunConfig, schedule
+from spalf.errors import Diverged
 from spalf.interchange import read_saelens
 
 if TYPE_CHECKING:
     from sae_lens import SAETrainer
+
+State = Callable[[], Checkpoint]
+"""Gives the trainers' state as it is then."""
 
 SELECTION_TOKENS = 65_536
 """Tokens of the calibration split on which the learning rates are compared."""
@@ -73,7 +81,9 @@ def train_baseline(
     selection: list[Tensor],
     out: Path,
     *,
-    on_step: Callable[[int], None] = lambda step: None,
+    saved: Checkpoint | None = None,
+    on_step: Callable[[int, State], None] = lambda step, state: None,
+    nothing_to_lose: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> BaselineResult:
     """Train a SAELens SAE at each of ``config.baselines.lrs`` and say which is best.
 
@@ -88,10 +98,14 @@ def train_baseline(
         sample: activations ``[tokens, d_model]`` from which the scale of the input is estimated.
         selection: batches of activations on which the rates are compared.
         out: directory of the inference folders, one for each rate.
-        on_step: called after each step with the number of steps done; may raise to stop.
+        saved: a state to continue from.
+        on_step: called after each step with the number of steps done and the trainers' state; may
+            raise to stop.
+        nothing_to_lose: a block in which the process may be ended at once.
 
     Raises:
         UserError: SAELens is missing or of another version, or cannot do what ``config`` asks.
+        Diverged: no learning rate gave weights that are finite.
     """
     require_saelens()
     plan = schedule(config)
@@ -112,15 +126,25 @@ def train_baseline(
             torch.manual_seed(config.seed)
             sae = build(method, shape, settings, metadata, device)
             trainers.append(_trainer(sae, config, lr, rate, scale, device))
-    batches = store.batches(config.batch_size, plan.block_tokens, config.seed)
-    _fit(trainers, batches, plan.total_steps, on_step)
-    tried = [
-        _finish(trainer, lr, out / f"lr_{lr:g}", selection, config.L0_target)
-        for trainer, lr in zip(trainers, config.baselines.lrs, strict=True)
-    ]
-    best = max(tried, key=lambda trained: trained.score.matched_explained_variance)
+    done = from_checkpoint(saved, trainers) if saved else 0
+    batches = store.batches(config.batch_size, plan.block_tokens, config.seed, done)
+    _fit(trainers, batches, range(done, plan.total_steps), on_step)
+    with nothing_to_lose():
+        tried = [
+            _finish(trainer, lr, out / f"rate_{index}", selection, config.L0_target)
+            for index, (trainer, lr) in enumerate(zip(trainers, config.baselines.lrs, strict=True))
+        ]
     tokens = plan.total_steps * config.batch_size
-    return BaselineResult(best, tried, settings, rate, scale, tokens)
+    return BaselineResult(_best(tried, plan.total_steps), tried, settings, rate, scale, tokens)
+
+
+def _best(tried: Sequence[Trained], steps: int) -> Trained:
+    """The best fit; a rate at which training diverged has none."""
+    sound = [t for t in tried if math.isfinite(t.score.matched_explained_variance)]
+    if not sound:
+        remedy = "at every learning rate tried; give smaller baselines.lrs"
+        raise Diverged(steps, "explained variance", "tokens the rates are compared on", remedy)
+    return max(sound, key=lambda trained: trained.score.matched_explained_variance)
 
 
 def selection_activations(calibration: ActivationStore) -> list[Tensor]:
@@ -160,20 +184,20 @@ def _trainer(
 def _fit(
     trainers: Sequence[SAETrainer[Any, Any]],
     batches: Iterator[Tensor],
-    steps: int,
-    on_step: Callable[[int], None],
+    steps: range,
+    on_step: Callable[[int, State], None],
 ) -> None:
     """Give every trainer the same batches, through the seams SAELens has for such coordinators.
 
     Its own coordinator, ``MultiSAETrainer``, has one learning rate for all.
     """
-    for step in range(steps):
+    for step in steps:
         batch = next(batches)
         for trainer in trainers:
             trainer.maybe_reset_sparsity()
             trainer.step(batch)
             trainer.n_training_steps += 1
-        on_step(step + 1)
+        on_step(step + 1, lambda: to_checkpoint(trainers))
 
 
 def _finish(

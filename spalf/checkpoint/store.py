@@ -75,6 +75,7 @@ class CheckpointStore:
         directory: holds ``step_<step>`` directories; made when first written.
         identity: `fingerprint` of the run; checkpoints of another one are never loaded.
         if_foreign: what to do where another run's are met first.
+        saved: the step that was written last, by this process; ``None`` before that.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class CheckpointStore:
     ) -> None:
         self.directory, self.identity = directory, dict(identity)
         self.if_foreign = if_foreign
+        self.saved: int | None = None
 
     def save(self, step: int, checkpoint: Checkpoint) -> None:
         """Write the checkpoint of ``step`` and drop all but the last two.
@@ -92,6 +94,7 @@ class CheckpointStore:
         metadata = {**checkpoint.metadata, "fingerprint": self.identity}
         path = self.directory / f"step_{step:09d}"
         write_checkpoint(path, Checkpoint(checkpoint.tensors, metadata, checkpoint.files))
+        self.saved = step
         own = [p for p in self._steps() if re.fullmatch(r"step_\d+", p.name)]
         # What claims a later step was found damaged, or this run would not be here.
         later = [p for p in own if p.name > path.name]

@@ -81,4 +81,4 @@ class Stopping:
 def _leave() -> None:
     with suppress(OSError):  # the log may lie on a full disk
         os.write(2, b"spalf: stopped; run the same command again to continue\n")
-    os._exit(INTERRUPTED)
+    os._exit(INTERRUPTED)  # flushing would wait for a stream that the main thread may hold

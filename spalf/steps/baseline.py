@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,18 +16,21 @@ from spalf.baselines import (
     selection_activations,
     train_baseline,
 )
-from spalf.checkpoint import Checkpoint, fingerprint, read_checkpoint, write_checkpoint
+from spalf.checkpoint import Checkpoint, CheckpointStore, fingerprint, write_checkpoint
 from spalf.config import RunConfig, schedule
-from spalf.errors import Interrupted, StopRequested, UserError
+from spalf.errors import Interrupted, StopRequested
 from spalf.interchange.saelens import CONFIG_FILE, WEIGHTS_FILE
 from spalf.steps.calibrate import Calibration, load_calibration
-from spalf.steps.context import StepContext, environment, exclusive, finished
-from spalf.steps.keep import keep_finished, restore_finished
+from spalf.steps.context import (
+    CheckpointClock,
+    Progress,
+    StepContext,
+    environment,
+    exclusive,
+)
+from spalf.steps.keep import keep_finished, take_finished
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_STEPS = 10
-"""Steps between updates of the progress display."""
 
 
 def baseline_settings(config: RunConfig, method: str) -> dict[str, Any]:
@@ -44,8 +47,7 @@ def baseline(
     """Train a baseline at every learning rate of ``config.baselines`` and keep the best.
 
     Writes SAELens's ``cfg.json`` and ``sae_weights.safetensors``, and ``metadata.json`` with the
-    hyper-parameters and what each rate reached, into ``out``. SAELens cannot continue a run
-    exactly where it stopped, so an interrupted one starts again.
+    hyper-parameters and what each rate reached, into ``out``; resumes from ``<out>.checkpoints``.
 
     Args:
         config: the run.
@@ -56,7 +58,8 @@ def baseline(
 
     Raises:
         UserError: SAELens is missing, or an input is missing, damaged or of another run.
-        Interrupted: asked to stop.
+        Interrupted: asked to stop; a checkpoint was written.
+        Diverged: training did, at every rate.
         Busy: another process is at work on ``out``.
     """
     with context.nothing_to_lose():
@@ -65,10 +68,10 @@ def baseline(
     inputs = {"calibration": known.digests, **known.sources.inputs()}
     identity = fingerprint(baseline_settings(config, method), inputs)
     with exclusive(out, context) as working:
-        restore_finished(out, identity)
-        if _finished(out, identity, context):
+        if take_finished(out, identity, context):
             return
-        result = _train(config, method, known, working, context)
+        store = CheckpointStore(working, identity, context.if_foreign)
+        result = _train(config, method, known, store, context)
         _warn_at_edge(result, method)
         best = result.best.folder
         metadata = {
@@ -85,34 +88,87 @@ def baseline(
         keep_finished(out, identity, context)
 
 
+class _Keeper:
+    """Follows a training: shows how far it is, writes checkpoints, says when to stop.
+
+    Args:
+        store: of the checkpoints.
+        config: the run.
+        context: of the step.
+        progress: of the step.
+        done: steps done when it begins.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        config: RunConfig,
+        context: StepContext,
+        progress: Progress,
+        done: int,
+    ) -> None:
+        runtime = config.runtime
+        self._store, self._context, self._progress = store, context, progress
+        self._clock = CheckpointClock(
+            runtime.checkpoint_every_minutes, runtime.checkpoint_every_steps
+        )
+        self._last = schedule(config).total_steps
+        self._state: Callable[[], Checkpoint] | None = None
+        self.step = done
+
+    def after(self, step: int, state: Callable[[], Checkpoint]) -> None:
+        """Take note of a step.
+
+        Raises:
+            StopRequested: the process was asked to stop.
+        """
+        self._progress.update(step - self.step)
+        self.step, self._state = step, state
+        if self._clock.due(step) or step == self._last:
+            with self._clock.timed():
+                self.save()
+        self._context.pause_point()
+
+    def save(self) -> None:
+        """Write a checkpoint, unless that of this very step is there."""
+        if self._state is not None and self._store.saved != self.step:
+            self._store.save(self.step, self._state())
+
+
 def _train(
-    config: RunConfig, method: str, known: Calibration, working: Path, context: StepContext
+    config: RunConfig,
+    method: str,
+    known: Calibration,
+    store: CheckpointStore,
+    context: StepContext,
 ) -> BaselineResult:
+    with context.nothing_to_lose():
+        saved = store.latest("cpu")
     model = context.load_model(known.sources.pinned(config))
-    splits, total = known.splits, schedule(config).total_steps
-    progress = context.progress(method, total, 0)
-    done = 0
-
-    def on_step(step: int) -> None:
-        nonlocal done
-        if step % PROGRESS_STEPS == 0 or step == total:
-            context.pause_point()
-            progress.update(step - done)
-            done = step
-
+    done = saved.metadata["trainers"][0]["counts"]["n_training_steps"] if saved else 0
+    if saved:
+        logger.info("resuming %s at step %d", method, done)
+    progress = context.progress(method, schedule(config).total_steps, done)
+    keeper = _Keeper(store, config, context, progress, done)
+    train, held_out = (
+        ActivationStore(model, split, context.pause_point)
+        for split in (known.splits.train, known.splits.calibration)
+    )
     try:
         return train_baseline(
             method,
             config,
-            ActivationStore(model, splits.train, context.pause_point),
+            train,
             known.sample,
-            selection_activations(ActivationStore(model, splits.calibration, context.pause_point)),
-            working / "rates",
-            on_step=on_step,
+            selection_activations(held_out),
+            store.directory / "rates",
+            saved=saved,
+            on_step=keeper.after,
+            nothing_to_lose=context.nothing_to_lose,
         )
     except StopRequested:
-        logger.warning("SAELens cannot continue a run exactly: this baseline will start again")
-        raise Interrupted(done) from None
+        keeper.save()
+        raise Interrupted(keeper.step) from None
     finally:
         progress.close()
 
@@ -128,17 +184,6 @@ def _warn_at_edge(result: BaselineResult, method: str) -> None:
             result.best.lr,
             ", ".join(f"{rate:g}" for rate in rates),
         )
-
-
-def _finished(out: Path, identity: Mapping[str, Any], context: StepContext) -> bool:
-    if not (out / "metadata.json").exists():
-        return False
-    try:
-        metadata = read_checkpoint(out).metadata
-    except UserError as error:
-        logger.warning("training again: %s", error)
-        return False
-    return finished(out, metadata.get("fingerprint", {}), identity, context)
 
 
 def _record(result: BaselineResult) -> dict[str, Any]:

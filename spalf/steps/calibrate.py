@@ -19,12 +19,11 @@ from spalf.checkpoint import (
     differences,
     fingerprint,
     read_checkpoint,
-    read_metadata,
     write_checkpoint,
 )
 from spalf.config import RunConfig
 from spalf.data import TokenSplits
-from spalf.errors import Interrupted, StopRequested, UserError
+from spalf.errors import Diverged, Interrupted, StopRequested, UserError
 from spalf.models import LanguageModel
 from spalf.steps.context import (
     CheckpointClock,
@@ -32,11 +31,10 @@ from spalf.steps.context import (
     StepContext,
     environment,
     exclusive,
-    finished,
     working_directory,
     write_json,
 )
-from spalf.steps.keep import keep_finished, restore_finished
+from spalf.steps.keep import keep_finished, take_finished
 from spalf.steps.sources import RECORD, Sources, find_sources, recorded_sources
 from spalf.steps.tokens import place_tokens, tokens_name, tokens_of
 from spalf.whitening import SoftZCA, SplitHalfCovariance
@@ -86,6 +84,7 @@ def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
     Raises:
         UserError: model, dataset or site cannot be used; nothing has been written.
         Interrupted: asked to stop; a checkpoint was written.
+        Diverged: activations were not finite; the last checkpoint is kept.
         Busy: another process is at work on ``out``.
     """
     with context.nothing_to_lose():
@@ -94,11 +93,8 @@ def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
     model = context.load_model(pinned)
     with exclusive(out, context) as working:
         identity = fingerprint(calibration_settings(config), sources.inputs())
-        restore_finished(out, identity)
-        if (out / "metadata.json").exists() and _is_whole(out):
-            theirs = read_metadata(out).get("fingerprint", {})
-            if finished(out, theirs, identity, context):
-                return
+        if take_finished(out, identity, context):
+            return
         write_json(working / RECORD, sources.to_json())
         tokens = working / tokens_name(calibration_settings(config), sources)
         splits = tokens_of(pinned, model, tokens, context)
@@ -136,15 +132,6 @@ def calibration_settings(config: RunConfig) -> dict[str, Any]:
             "constants": {"delta_cov", "delta_rank", "kappa"},
         },
     )
-
-
-def _is_whole(out: Path) -> bool:
-    try:
-        read_checkpoint(out)
-    except UserError as error:
-        logger.warning("calibrating again: %s", error)
-        return False
-    return True
 
 
 def _measure(
@@ -262,6 +249,7 @@ def _gather(
         taken = min(SEQUENCES_PER_UPDATE, stream.n_sequences - seen.position)
         x = store.harvest(seen.position, taken)
         tokens = stream.sequences(seen.position, taken, seed=ORDER)
+        _require_finite(x, update, seen.position, taken)
         if seen.covariance.count < SAMPLE_TOKENS:
             seen.sample.append(x)
         seen.covariance.update(x)
@@ -284,6 +272,14 @@ def _gather(
         seen.covariance.error(),
         config.constants.delta_cov,
     )
+
+
+def _require_finite(x: Tensor, update: int, first: int, count: int) -> None:
+    """Keep what is not a number out of the sums, which would stay spoiled for good."""
+    if not x.isfinite().all():
+        position = f"calibration sequences {first} to {first + count - 1}"
+        remedy = "the checkpoint before it is kept; use dtype float32, or another hook_point"
+        raise Diverged(update + 1, "activations", position, remedy)
 
 
 def token_directions(unembedding: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from spalf.checkpoint import (
 )
 from spalf.config import RunConfig
 from spalf.data import SequenceStream
-from spalf.errors import Interrupted, StopRequested
+from spalf.errors import Diverged, Interrupted, StopRequested
 from spalf.evaluation import (
     AbsorptionMeasurement,
     DownstreamMeasurement,
@@ -29,6 +29,7 @@ from spalf.evaluation import (
 )
 from spalf.interchange import SAELensSAE
 from spalf.models import LanguageModel, load_tokenizer
+from spalf.report.records import evaluation_digest
 from spalf.sae import StratifiedSAE
 from spalf.steps.calibrate import load_calibration
 from spalf.steps.context import (
@@ -46,6 +47,8 @@ from spalf.steps.subjects import TrainedSAE, read_trained, require_width
 logger = logging.getLogger(__name__)
 
 SEQUENCES_PER_BATCH = 8
+CHECK_EVERY = 16
+"""Batches between two looks at whether everything gathered is finite."""
 
 
 def evaluate(
@@ -75,6 +78,7 @@ def evaluate(
     Raises:
         UserError: an input is missing or damaged.
         Interrupted: asked to stop; a checkpoint was written.
+        Diverged: what was measured is not finite; the last checkpoint is kept.
         Busy: another process is at work on ``out``.
     """
     with context.nothing_to_lose():
@@ -87,7 +91,6 @@ def evaluate(
     settings |= {"variant": variant} if variant else {}
     identity = fingerprint(settings, {"calibration": known.digests, **inputs})
     with exclusive(out, context) as working:
-        restore_finished(out, identity)
         if _finished(out, identity, context):
             return
         store = CheckpointStore(working, identity, context.if_foreign)
@@ -108,7 +111,7 @@ def evaluate(
             "final": list(phases)[-1],
             "controller": {name: sae.control for name, sae in saes.items()},
         }
-        write_json(out, report)
+        write_json(out, {**report, "digest": evaluation_digest(report)})
         keep_finished(out, identity, context)
 
 
@@ -179,7 +182,7 @@ class _Measuring:
 
     def _run_part(self, name: str, tokens: int, measurement: Measurement) -> None:
         stream, context = self._subject.stream, self._subject.context
-        wanted = -(-tokens // stream.seq_len)
+        wanted, checked = -(-tokens // stream.seq_len), self._position
         if self._position >= wanted:
             return
         label = "evaluate" if name == "phases" else f"evaluate, {name.replace('_', ' ')}"
@@ -193,14 +196,26 @@ class _Measuring:
                 self._position += count
                 self._done += 1
                 progress.update(count * stream.seq_len)
-                if self._clock.due(self._done) or self._position >= wanted:
+                due = self._clock.due(self._done) or self._position >= wanted
+                if due or self._done % CHECK_EVERY == 0:
+                    self._require_finite(measurement, checked)
+                    checked = self._position
+                if due:
                     with self._clock.timed():
                         self._save(measurement)
         except StopRequested:
+            self._require_finite(measurement, checked)
             self._save(measurement)
             raise Interrupted(self._done, "batch") from None
         finally:
             progress.close()
+
+    def _require_finite(self, measurement: Measurement, first: int) -> None:
+        for name, tensor in measurement.state_dict().items():
+            if not tensor.isfinite().all():
+                position = f"held-out sequences {first} to {self._position - 1}"
+                remedy = "the checkpoint before it is kept; look at the SAE, or use dtype float32"
+                raise Diverged(self._done, f"measured {name}", position, remedy)
 
     def _save(self, measurement: Measurement) -> None:
         metadata = {"parts": self._parts, "done": self._done, "position": self._position}
@@ -210,9 +225,14 @@ class _Measuring:
 
 
 def _finished(out: Path, identity: Mapping[str, Any], context: StepContext) -> bool:
+    restore_finished(out, identity)
     try:
-        theirs = json.loads(out.read_text(encoding="utf-8"))["fingerprint"]
+        there = json.loads(out.read_text(encoding="utf-8"))
+        theirs, whole = there["fingerprint"], there["digest"] == evaluation_digest(there)
     except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if not whole:
+        logger.warning("making %s again: it does not match its digest", out)
         return False
     ours = identity_digest(identity)
     return theirs == ours and finished(out, {"fingerprint": theirs}, {"fingerprint": ours}, context)

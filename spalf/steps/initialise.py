@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from spalf.checkpoint import Checkpoint, write_checkpoint
+from spalf.checkpoint import Checkpoint, fingerprint, write_checkpoint
 from spalf.config import RunConfig, describe, schedule
 from spalf.sae import StratifiedSAE, anchor_directions, initialise
-from spalf.steps.calibrate import load_calibration
-from spalf.steps.context import StepContext, environment, exclusive, training_settings
+from spalf.steps.calibrate import Calibration, load_calibration
+from spalf.steps.context import StepContext, environment, exclusive
+from spalf.steps.keep import keep_finished, take_finished
 from spalf.training.state import sae_tensors
 
-INIT_FIELDS = ("model_name", "hook_point", "F", "L0_target", "seed")
-"""What identifies the cell an initialisation belongs to; it does not depend on the rest."""
+CELL_FIELDS = ("model_name", "hook_point", "F", "L0_target", "seed")
+"""What identifies the cell an initialisation belongs to."""
+METHOD_FIELDS = {"encoder_init", "anchors", "v_cap", "l0_schedule"}
+"""What else of the configuration it depends on, besides ``c_eps`` and the calibration."""
 
 
 def initialise_step(config: RunConfig, calibration: Path, out: Path, context: StepContext) -> None:
@@ -27,33 +31,55 @@ def initialise_step(config: RunConfig, calibration: Path, out: Path, context: St
     """
     with context.nothing_to_lose():
         known = load_calibration(calibration, config, context.device)
-        sae = StratifiedSAE(
-            known.whitener,
-            config.F,
-            anchor_directions(known.token_directions, config.F, config.method),
-            known.scale,
-            config.method.surrogate,
-            config.runtime.kernel,
-        )
-        report = initialise(
-            sae,
-            known.sample,
-            l0_start=schedule(config).l0_start,
-            c_eps=config.constants.c_eps,
-            encoder_init=config.method.encoder_init,
-            seed=config.seed,
-        )
+    inputs = {"calibration": known.digests, **known.sources.inputs()}
+    identity = fingerprint(init_settings(config), inputs)
+    with exclusive(out, context):
+        if take_finished(out, identity, context):
+            return
+        with context.nothing_to_lose():
+            checkpoint = _initialised(config, known, context)
+        metadata = {
+            **checkpoint.metadata,
+            "inputs": inputs,
+            "fingerprint": identity,
+            "environment": environment(context),
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(out, Checkpoint(checkpoint.tensors, metadata))
+        keep_finished(out, identity, context)
+
+
+def init_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that an initialised SAE depends on, those of its calibration apart."""
+    include: dict[str, Any] = {**dict.fromkeys(CELL_FIELDS, True)}
+    include |= {"method": METHOD_FIELDS, "constants": {"c_eps"}}
+    return config.model_dump(mode="json", include=include)
+
+
+def _initialised(config: RunConfig, known: Calibration, context: StepContext) -> Checkpoint:
+    sae = StratifiedSAE(
+        known.whitener,
+        config.F,
+        anchor_directions(known.token_directions, config.F, config.method),
+        known.scale,
+        config.method.surrogate,
+        config.runtime.kernel,
+    )
+    report = initialise(
+        sae,
+        known.sample,
+        l0_start=schedule(config).l0_start,
+        c_eps=config.constants.c_eps,
+        encoder_init=config.method.encoder_init,
+        seed=config.seed,
+    )
     measured = {**known.measured, **asdict(report)}
     measured["tau_start"] = report.first_mse / 2
     weights, constants = sae_tensors(sae)
     metadata = {
         "step": "init",
-        "config": {name: training_settings(config)[name] for name in INIT_FIELDS},
+        "config": config.model_dump(mode="json", include=set(CELL_FIELDS)),
         "measured": measured,
         "derived": [asdict(row) for row in describe(config, measured)],
-        "inputs": {"calibration": known.digests, **known.sources.inputs()},
-        "environment": environment(context),
     }
-    with exclusive(out, context):
-        out.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(out, Checkpoint({"model": weights, "tensors": constants}, metadata))
+    return Checkpoint({"model": weights, "tensors": constants}, metadata)

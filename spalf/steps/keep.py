@@ -13,12 +13,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spalf.checkpoint import identity_digest, read_metadata
-from spalf.steps.context import StepContext, working_directory
+from spalf.checkpoint import identity_digest, read_checkpoint, read_metadata
+from spalf.errors import UserError
+from spalf.steps.context import StepContext, finished, working_directory
 
 logger = logging.getLogger(__name__)
 
 METADATA = "metadata.json"
+
+
+def take_finished(out: Path, identity: Mapping[str, Any], context: StepContext) -> bool:
+    """Whether the result of this very run is in ``out``, made by whichever process, and whole.
+
+    Args:
+        out: finished directory with ``metadata.json``.
+        identity: fingerprint of the run.
+        context: of the step.
+
+    Raises:
+        UserError: it is of another run, and the context says to refuse those.
+    """
+    restore_finished(out, identity)
+    if not (out / METADATA).exists():
+        return False
+    try:
+        metadata = read_checkpoint(out).metadata
+    except UserError as error:
+        logger.warning("making %s again: %s", out, error)
+        return False
+    return finished(out, metadata.get("fingerprint", {}), identity, context)
 
 
 def keep_finished(out: Path, identity: Mapping[str, Any], context: StepContext) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spalf.activations import ActivationStore
 from spalf.activations.store import HARVEST_TOKENS
-from spalf.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, write_checkpoint
+from spalf.checkpoint import Checkpoint, CheckpointStore, write_checkpoint
 from spalf.config import RunConfig, describe, schedule
 from spalf.errors import Diverged, Interrupted, StopRequested, UserError
 from spalf.steps.calibrate import Calibration
@@ -24,11 +24,10 @@ from spalf.steps.context import (
     StepContext,
     environment,
     exclusive,
-    finished,
     training_settings,
     working_directory,
 )
-from spalf.steps.keep import keep_finished, restore_finished
+from spalf.steps.keep import keep_finished, take_finished
 from spalf.steps.trackers import open_trackers
 from spalf.training.loop import Hooks, PhaseRun, phase_end, run_together
 from spalf.training.metrics import MetricsLog
@@ -73,19 +72,6 @@ class Job:
         """Where its checkpoints are."""
         return working_directory(self.out)
 
-    def is_finished(self) -> bool:
-        """Whether this very step has been completed, by this or another process."""
-        restore_finished(self.out, self.identity)
-        if not (self.out / "metadata.json").exists():
-            return False
-        try:
-            metadata = read_checkpoint(self.out).metadata
-        except UserError as error:
-            logger.warning("training again: %s", error)
-            return False
-        theirs = metadata.get("fingerprint", {})
-        return finished(self.out, theirs, self.identity, self.context)
-
 
 def train(jobs: Sequence[Job]) -> dict[Path, Diverged]:
     """Train the jobs that are not finished, in step with one another.
@@ -106,7 +92,7 @@ def train(jobs: Sequence[Job]) -> dict[Path, Diverged]:
         for job in jobs:
             held = stack.enter_context(ExitStack())
             held.enter_context(exclusive(job.out, job.context))
-            if job.is_finished():
+            if take_finished(job.out, job.identity, job.context):
                 keep_finished(job.out, job.identity, job.context)
                 held.close()
             else:
@@ -228,7 +214,9 @@ class _UnderWay:
         self._shown = int(row["step"])
 
     def _save(self, state: TrainState) -> None:
-        """Write a checkpoint of ``state``, with the metrics log as it was then."""
+        """Write a checkpoint of ``state``, with the metrics log as it was then, unless it is there."""
+        if self._store.saved == state.step:
+            return
         with self._clock.timed():
             self._log.sync()
             saved = to_checkpoint(state, {})

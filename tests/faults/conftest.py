@@ -15,7 +15,7 @@ import yaml
 
 from tests.faults.harness import Child, Outcome, start
 
-STEPS = ("calibrate", "init", "phase1", "phase2", "evaluate")
+STEPS = ("calibrate", "init", "phase1", "phase2", "evaluate", "baseline")
 COMPARED = (
     "phase1/model.safetensors",
     "phase1/metrics.jsonl",
@@ -24,6 +24,20 @@ COMPARED = (
     "evaluation.json",
 )
 """Files that must be the same byte for byte, however often the run was killed."""
+TRAINED = ("model", "tensors", "control", "optimizer")
+MADE_BY = {
+    "calibrate": (
+        "calibration/calibration.safetensors",
+        *(f"calibration/tokens/{name}.npy" for name in ("train", "calibration", "evaluation")),
+        "calibration/tokens/tokens.json",
+    ),
+    "init": ("init/model.safetensors", "init/tensors.safetensors"),
+    "phase1": (*(f"phase1/{name}.safetensors" for name in TRAINED), "phase1/metrics.jsonl"),
+    "phase2": (*(f"phase2/{name}.safetensors" for name in TRAINED), "phase2/metrics.jsonl"),
+    "evaluate": ("evaluation.json",),
+    "baseline": ("baseline/sae_weights.safetensors", "baseline/cfg.json"),
+}
+"""The same, by the step that makes them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +64,7 @@ def _one_thread() -> Iterator[None]:
 
 def _import_what_the_steps_need() -> None:
     import datasets  # noqa: F401
+    import sae_lens
     import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
@@ -57,6 +72,7 @@ def _import_what_the_steps_need() -> None:
     import spalf.steps.pipeline  # noqa: F401
 
     assert AutoModelForCausalLM and GPTNeoXForCausalLM and PreTrainedTokenizerFast
+    assert sae_lens.SAETrainer
 
 
 @dataclass
@@ -74,6 +90,8 @@ class Run:
         if step == "calibrate":
             return [*given, "--out", at["calibration"]]
         given += ["--calibration", at["calibration"]]
+        if step == "baseline":
+            return [*given, "--method", "batchtopk", "--out", at["baseline"]]
         if step == "init":
             return [*given, "--out", at["init"]]
         if step == "phase1":
@@ -122,6 +140,7 @@ def small_config(corpus: Path, **changes: Any) -> dict[str, Any]:
         "method": {"phase2_fraction": 0.2},
         "constants": {"delta_cov": 0.3},
         "evaluate": {"tokens": 4096, "sweep_tokens": 2048, "sweep_factors": [0.7, 1.0]},
+        "baselines": {"lrs": [0.002, 0.008]},
         "runtime": {"device": "cpu", "log_every_steps": 4, "checkpoint_every_steps": 8},
         **changes,
     }
@@ -161,9 +180,8 @@ def fresh(reference: Run, tmp_path: Path) -> Callable[[str], Run]:
     def make(step: str) -> Run:
         result = Run(tmp_path / "run", reference.config)
         result.directory.mkdir()
-        for earlier in STEPS[: STEPS.index(step)]:
-            source = reference.output(earlier)
-            shutil.copytree(source, result.output(earlier))
+        for earlier in STEPS[:1] if step == "baseline" else STEPS[: STEPS.index(step)]:
+            shutil.copytree(reference.output(earlier), result.output(earlier))
         return result
 
     return make

@@ -177,6 +177,8 @@ class Events:
         self.seen, self._kill_at, self._counter = 0, kill_at, counter
 
     def install(self) -> None:
+        from sae_lens import SAETrainer
+
         from spalf import evaluation
         from spalf.activations import ActivationStore
         from spalf.checkpoint import files
@@ -189,6 +191,7 @@ class Events:
             (os, "replace"),
             (os, "rename"),
             (os, "unlink"),
+            (os, "link"),
             (os, "mkdir"),
             (ActivationStore, "sequences"),
             (SplitHalfCovariance, "update"),
@@ -197,6 +200,7 @@ class Events:
             (evaluation.DownstreamMeasurement, "add"),
             (evaluation.AbsorptionMeasurement, "add"),
             (graph, "train_step"),
+            (SAETrainer, "step"),
             (files, "save_file"),
             (sys.modules["spalf.steps.evaluate"], "write_json"),
         ):

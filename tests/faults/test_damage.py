@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.faults.conftest import COMPARED, Run, assert_same, small_config
+from tests.faults.conftest import COMPARED, MADE_BY, Run, assert_same, small_config
+from tests.faults.harness import run
 
 FILES = (
     "model.safetensors",
@@ -77,6 +78,14 @@ def _remove(path: Path) -> None:
 
 def _empty(path: Path) -> None:
     path.write_bytes(b"")
+
+
+def _flip_a_digit(path: Path) -> None:
+    """Still JSON, with another result."""
+    text = path.read_text()
+    start = text.index('"explained_variance"')
+    where = text.index(".", start) + 2
+    path.write_text(f"{text[:where]}{(int(text[where]) + 1) % 10}{text[where + 1 :]}")
 
 
 def _foreign(path: Path) -> None:
@@ -144,6 +153,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     [
         ("calibrate", "spalf.whitening:SplitHalfCovariance", "update", "calibration"),
         ("evaluate", "spalf.evaluation:DownstreamMeasurement", "add", "measurement"),
+        ("baseline", "sae_lens:SAETrainer", "step", "rate_1"),
     ],
 )
 def test_damaged_checkpoints_of_other_steps_are_gone_round_as_well(
@@ -157,15 +167,14 @@ def test_damaged_checkpoints_of_other_steps_are_gone_round_as_well(
 ) -> None:
     result = fresh(step)
     every = ("--runtime", '{"checkpoint_every_steps": 2}')
-    outcome = result.run(step, _killed_at_call(owner, name, 7), *every)
+    outcome = result.run(step, _killed_at_call(owner, name, 11), *every)
     assert outcome.status == -signal.SIGKILL, outcome.errors
     newest = sorted(result.working(step).glob("step_*"))[-1]
     damage(newest / f"{file}.safetensors")
     outcome = result.run(step, None, *every)
     assert outcome.status == 0, outcome.errors
     assert f"{newest / file}.safetensors" in outcome.errors and "resuming" in outcome.errors
-    made = ("calibration/calibration.safetensors",) if step == "calibrate" else COMPARED[4:]
-    assert_same(result, reference, made)
+    assert_same(result, reference, MADE_BY[step])
 
 
 def _killed_at_call(place: str, name: str, number: int) -> Callable[[], None]:
@@ -221,6 +230,22 @@ def test_damaged_inputs_of_a_step_are_named(
     assert str(result.directory / name) in outcome.lines[-1]
     assert "Traceback" not in outcome.errors
     assert not result.working("phase1").exists()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip_a_digit, _remove, _empty])
+def test_a_damaged_evaluation_is_named_and_made_again(
+    damage: Callable[[Path], None], reference: Run, tmp_path: Path
+) -> None:
+    result = _copy(reference, tmp_path)
+    report = result.output("evaluate")
+    damage(report)
+    outcome = run(["spalf", "aggregate", "--out", str(tmp_path / "t"), str(report)], tmp_path / "e")
+    assert outcome.status == 2
+    assert str(report) in outcome.lines[-1] and "Traceback" not in outcome.errors
+    assert not (tmp_path / "t").exists()
+    again = result.run("evaluate")
+    assert again.status == 0, again.errors
+    assert_same(result, reference, MADE_BY["evaluate"])
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import COMPARED, Run, assert_no_litter, assert_same
+from tests.faults.conftest import MADE_BY, STEPS, Run, assert_no_litter, assert_same
 from tests.faults.harness import Outcome, mounted_tmpfs, run
 
 NOBODY = 65534
@@ -34,8 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def _on_disk(disk: Path, reference: Run, step: str) -> Run:
     result = Run(disk / "run", reference.config, disk.parent)
     shutil.copytree(reference.directory, result.directory)
-    steps = ("calibrate", "init", "phase1", "phase2", "evaluate")
-    for later in steps[steps.index(step) :]:
+    for later in STEPS[STEPS.index(step) :]:
         result.forget(later)
     return result
 
@@ -60,6 +59,8 @@ FULL = [("calibrate", leave) for leave in (0, 40_000, 200_000, 2_000_000)]
 FULL += [("phase1", leave) for leave in (0, 100_000, 300_000, 500_000, 600_000)]
 FULL += [("phase2", leave) for leave in (0, 300_000, 600_000)]
 FULL += [("evaluate", leave) for leave in (0, 4096, 8192)]
+FULL += [("init", leave) for leave in (0, 20_000)]
+FULL += [("baseline", leave) for leave in (0, 100_000, 300_000)]
 
 
 @pytest.mark.parametrize(("step", "leave"), FULL)
@@ -75,13 +76,36 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
     ballast.unlink()
     again = result.run(step)
     assert again.status == 0, again.errors
-    made = {
-        "calibrate": ("calibration/calibration.safetensors", "calibration/tokens/train.npy"),
-        "phase1": COMPARED[:2],
-        "phase2": COMPARED[2:4],
-        "evaluate": COMPARED[4:],
-    }[step]
-    assert_same(result, reference, made)
+    assert_same(result, reference, MADE_BY[step])
+
+
+REPORTS = {
+    "aggregate": "tables/frontier.csv",
+    "tables": "tables/frontier.md",
+    "figures": "figures/pareto.pdf",
+}
+
+
+@pytest.mark.parametrize("command", REPORTS)
+def test_a_report_on_a_full_disk_is_one_line_and_the_last_one_stays(
+    command: str, small_disk: Path, reference: Run
+) -> None:
+    frontier, log = small_disk / REPORTS["aggregate"], small_disk.parent / "errors"
+    arguments = {
+        "aggregate": ["--out", str(frontier.parent), str(reference.output("evaluate"))],
+        "tables": ["--out", str(frontier.parent), str(frontier)],
+        "figures": ["--out", str(small_disk / "figures"), "--frontier", str(frontier)],
+    }
+    for name in list(REPORTS)[: list(REPORTS).index(command) + 1]:
+        assert run(["spalf", name, *arguments[name]], log).status == 0, log.read_text()
+    made = small_disk / REPORTS[command]
+    before = made.read_bytes()
+    _fill(small_disk, 0)
+    outcome = run(["spalf", command, *arguments[command]], log)
+    _assert_one_line(outcome, "the disk is full")
+    assert str(made) in outcome.lines[-1]
+    assert made.read_bytes() == before
+    assert not list(small_disk.rglob("*.tmp"))
 
 
 def test_a_disk_that_fills_up_under_way_keeps_the_checkpoint_before(
@@ -106,7 +130,7 @@ def test_a_disk_that_fills_up_under_way_keeps_the_checkpoint_before(
     (small_disk / "ballast").unlink()
     again = result.run("phase1")
     assert again.status == 0 and "at step 16" in again.errors, again.errors
-    assert_same(result, reference, COMPARED[:2])
+    assert_same(result, reference, MADE_BY["phase1"])
 
 
 def test_a_read_only_disk_is_one_line(small_disk: Path, reference: Run) -> None:
@@ -121,7 +145,7 @@ def test_a_read_only_disk_is_one_line(small_disk: Path, reference: Run) -> None:
     assert str(result.directory) in outcome.lines[-1]
     again = result.run("phase1")
     assert again.status == 0, again.errors
-    assert_same(result, reference, COMPARED[:2])
+    assert_same(result, reference, MADE_BY["phase1"])
 
 
 @pytest.mark.parametrize("closed", ["run", "run/phase1.checkpoints"])
@@ -153,7 +177,7 @@ def test_a_forbidden_directory_is_one_line(closed: str, reference: Run) -> None:
         assert str(base / "run") in outcome.lines[-1]
         again = run(result.arguments("phase1"), log)
         assert again.status == 0, again.errors
-        assert_same(result, reference, COMPARED[:2])
+        assert_same(result, reference, MADE_BY["phase1"])
 
 
 def _slow_renames() -> None:
@@ -171,16 +195,39 @@ def _slowly(function: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
-@pytest.mark.parametrize("after", [0.3, 0.5, 0.7, 0.9, 1.2])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("share", [0.4, 0.9])
 def test_slow_renames_change_nothing_even_when_killed_in_one(
-    after: float, reference: Run, fresh: Callable[[str], Run]
+    share: float, step: str, reference: Run, fresh: Callable[[str], Run], tmp_path: Path
 ) -> None:
-    result = fresh("phase1")
-    child = result.start("phase1", _slow_renames)
-    time.sleep(after)
-    child.kill(signal.SIGKILL)
-    child.wait()
-    again = result.run("phase1", _slow_renames)
+    """The renames are counted first, so that the kill is in the middle of one."""
+    result, counter = fresh(step), tmp_path / "renames"
+    assert result.run(step, lambda: _slow_renames(counter)).status == 0
+    number = max(1, round(share * int(counter.read_text())))
+    result.forget(step)
+    killed = result.run(step, lambda: _slow_renames(counter, kill_in=number))
+    assert killed.status == -signal.SIGKILL, killed.errors
+    again = result.run(step, lambda: _slow_renames(counter))
     assert again.status == 0, again.errors
-    assert_same(result, reference, COMPARED[:2])
+    assert_same(result, reference, MADE_BY[step])
     assert_no_litter(result)
+
+
+def _slow_renames(counter: Path, kill_in: int | None = None) -> None:
+    """A server that takes its time, and answers after it has done what it was asked."""
+    renames = [0]
+
+    def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            renames[0] += 1
+            counter.write_text(str(renames[0]))
+            time.sleep(0.03)
+            function(*args, **kwargs)
+            if renames[0] == kill_in:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.03)
+
+        return slow
+
+    for name in ("rename", "replace"):
+        setattr(os, name, slowly(getattr(os, name)))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.faults.conftest import Run, assert_same
+from tests.faults.conftest import MADE_BY, Run, assert_same
 
 
 def _bad_activations(*steps: int) -> Callable[[], None]:
@@ -182,3 +182,71 @@ def _killed_before(step: int, more: Callable[[], None]) -> Callable[[], None]:
         graph.train_step = killing
 
     return install
+
+
+def _bad_harvest(number: int) -> Callable[[], None]:
+    """Put an infinity into what the ``number``-th pass over the calibration split gives."""
+
+    def install() -> None:
+        from spalf.activations import ActivationStore
+
+        harvest, calls = ActivationStore.harvest, [0]
+
+        def spoiled(*args: Any) -> torch.Tensor:
+            calls[0] += 1
+            x = harvest(*args)
+            return x.index_fill(0, torch.tensor([5]), float("inf")) if calls[0] == number else x
+
+        ActivationStore.harvest = spoiled  # type: ignore[method-assign]
+
+    return install
+
+
+def test_calibration_stops_at_activations_that_are_not_finite(
+    fresh: Callable[[str], Run], reference: Run
+) -> None:
+    result = fresh("calibrate")
+    every = ("--runtime", '{"checkpoint_every_steps": 2}')
+    outcome = result.run("calibrate", _bad_harvest(6), *every)
+    assert outcome.status == 1, outcome.errors
+    expected = "activations not finite at step 6 (calibration sequences 80 to 95)"
+    assert expected in outcome.lines[-1] and "Traceback" not in outcome.errors
+    assert not (result.output("calibrate") / "metadata.json").exists()
+    again = result.run("calibrate", None, *every)
+    assert again.status == 0, again.errors
+    assert "resuming calibration at sequence 64" in again.errors
+    assert_same(result, reference, MADE_BY["calibrate"])
+
+
+def _bad_reconstruction(number: int) -> Callable[[], None]:
+    """Make a NaN of one number in the ``number``-th reconstruction that is measured."""
+
+    def install() -> None:
+        from spalf.evaluation import downstream
+
+        reconstruct, calls = downstream._Tally.reconstruct, [0]
+
+        def spoiled(*args: Any) -> torch.Tensor:
+            calls[0] += 1
+            x = reconstruct(*args)
+            return x.index_fill(2, torch.tensor([3]), float("nan")) if calls[0] == number else x
+
+        downstream._Tally.reconstruct = spoiled  # type: ignore[method-assign]
+
+    return install
+
+
+def test_an_evaluation_that_is_not_finite_is_not_written(
+    fresh: Callable[[str], Run], reference: Run
+) -> None:
+    result = fresh("evaluate")
+    every = ("--runtime", '{"checkpoint_every_steps": 2}')
+    outcome = result.run("evaluate", _bad_reconstruction(10), *every)  # two for each batch
+    assert outcome.status == 1, outcome.errors
+    expected = "measured 1.ce not finite at step 6 (held-out sequences 32 to 47)"
+    assert expected in outcome.lines[-1] and "Traceback" not in outcome.errors
+    assert not result.output("evaluate").exists()
+    again = result.run("evaluate", None, *every)
+    assert again.status == 0, again.errors
+    assert "resuming evaluation after 4 batches" in again.errors
+    assert_same(result, reference, MADE_BY["evaluate"])

@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.conftest import COMPARED, Run, assert_no_litter, assert_same
+from tests.faults.conftest import MADE_BY, Run, assert_no_litter, assert_same
 from tests.faults.harness import Events
 
-KILLS = int(os.environ.get("SPALF_FAULT_KILLS", "60"))
+KILLS = int(os.environ.get("SPALF_FAULT_KILLS", "50"))
 """Kills in all; ``make soak`` asks for 500."""
 
 PER_CHAIN = 6
 """Kills of one run, one after the other, before it is left to finish."""
 
-SHARES = {"calibrate": 0.2, "phase1": 0.4, "phase2": 0.25, "evaluate": 0.15}
+AS_IN_A_WORKFLOW = ("--if-locked", "wait", "--if-foreign", "restart")
 
-MADE_BY = {
-    "calibrate": ("calibration/calibration.safetensors", "calibration/tokens/train.npy"),
-    "phase1": COMPARED[:2],
-    "phase2": COMPARED[2:4],
-    "evaluate": COMPARED[4:],
-}
+SHARES = {"calibrate": 0.2, "phase1": 0.3, "phase2": 0.2, "evaluate": 0.2, "baseline": 0.1}
 
-CHAINS = [
-    (step, chain)
-    for step, share in SHARES.items()
-    for chain in range(max(1, round(KILLS * share / PER_CHAIN)))
-]
+
+def _chains(kills: float, per_chain: int) -> list[tuple[str, int]]:
+    return [
+        (step, chain)
+        for step, share in SHARES.items()
+        for chain in range(math.ceil(kills * share / per_chain))
+    ]
 
 
 def _installed(kill_at: int | None, counter: Path) -> Callable[[], None]:
     return lambda: Events(kill_at, counter).install()
 
 
-@pytest.mark.parametrize(("step", "chain"), CHAINS)
+@pytest.mark.parametrize(("step", "chain"), _chains(0.8 * KILLS, PER_CHAIN))
 def test_i10_killed_and_continued_is_bit_identical(
     step: str,
     chain: int,
@@ -53,10 +52,40 @@ def test_i10_killed_and_continued_is_bit_identical(
     result, counter = fresh(step), tmp_path / "events"
     choose = random.Random(f"{step} {chain}")
     whole = _events_of(step, reference, fresh, tmp_path)
+    more = AS_IN_A_WORKFLOW if chain % 2 else ()
     kills = 0
     while kills < PER_CHAIN:
-        outcome = result.run(step, _installed(choose.randint(1, whole), counter))
+        outcome = result.run(step, _installed(choose.randint(1, whole), counter), *more)
         if outcome.status == 0:  # it had got too far to be killed there; another run is
+            assert_same(result, reference, MADE_BY[step])
+            result.forget(step)
+            continue
+        assert outcome.status == -signal.SIGKILL, outcome.errors
+        kills += 1
+    outcome = result.run(step, None, *more)
+    assert outcome.status == 0, outcome.errors
+    assert_same(result, reference, MADE_BY[step])
+    assert_no_litter(result)
+    record_property("kills", kills)
+
+
+@pytest.mark.parametrize(("step", "chain"), _chains(0.2 * KILLS, 2))
+def test_i10_killed_at_any_time_it_is_bit_identical(
+    step: str,
+    chain: int,
+    reference: Run,
+    fresh: Callable[[str], Run],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """From outside, at moments that nothing in the process knows of."""
+    result, choose, kills = fresh(step), random.Random(f"time {step} {chain}"), 0
+    seconds = _seconds_of(step, reference)
+    while kills < 2:
+        child = result.start(step)
+        time.sleep(choose.uniform(0, seconds))
+        child.kill(signal.SIGKILL)  # of one that ended it has no effect until it is waited for
+        outcome = child.wait()
+        if outcome.status == 0:
             assert_same(result, reference, MADE_BY[step])
             result.forget(step)
             continue
@@ -67,6 +96,22 @@ def test_i10_killed_and_continued_is_bit_identical(
     assert_same(result, reference, MADE_BY[step])
     assert_no_litter(result)
     record_property("kills", kills)
+
+
+_SECONDS: dict[str, float] = {}
+
+
+def _seconds_of(step: str, reference: Run) -> float:
+    """How long an undisturbed run of ``step`` takes."""
+    if step not in _SECONDS:
+        whole = Run(reference.directory.with_name("timed"), reference.config)
+        shutil.copytree(reference.directory, whole.directory)
+        whole.forget(step)
+        started = time.monotonic()
+        assert whole.run(step).status == 0
+        _SECONDS[step] = time.monotonic() - started
+        shutil.rmtree(whole.directory)
+    return _SECONDS[step]
 
 
 _COUNTS: dict[str, int] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from spalf.baselines.selection import measure, score
 from spalf.checkpoint import read_checkpoint, read_metadata
 from spalf.config import RunConfig
 from spalf.data import TokenSplits
-from spalf.errors import Interrupted, UserError
+from spalf.errors import Diverged, Interrupted, UserError
 from spalf.interchange import SAELensConfig, SAELensSAE, read_saelens
 from spalf.steps import baseline, evaluate
 from spalf.training.phase import phase_one
@@ -186,21 +186,56 @@ def test_rates_are_compared_at_one_l0() -> None:
     assert low.threshold_factor == pytest.approx(3 * high.threshold_factor, rel=1e-3)
 
 
-def test_an_interrupted_baseline_starts_again_and_a_finished_one_does_not(
-    calibration: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("method", METHODS)
+def test_i10_an_interrupted_baseline_goes_on_bit_for_bit(
+    trained: dict[str, Path], calibration: Path, tmp_path: Path, method: str
+) -> None:
+    out, stops = tmp_path / method, 0
+    while not (out / "metadata.json").exists():
+        asked = iter([False] * (20 + 7 * stops))
+        try:
+            context = planted.context(lambda asked=asked: next(asked, True))
+            baseline(config(), method, calibration, out, context)
+        except Interrupted:
+            stops += 1
+    assert stops > 2
+    weights = "sae_weights.safetensors"
+    assert (out / weights).read_bytes() == (trained[method] / weights).read_bytes()
+    here, there = read_metadata(out)["baseline"], read_metadata(trained[method])["baseline"]
+    assert here == there
+
+
+def test_a_finished_baseline_is_not_trained_again(
+    trained: dict[str, Path], calibration: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "topk"
-    asked = iter([False] * 20 + [True] * 1000)
-    with pytest.raises(Interrupted), caplog.at_level(logging.WARNING):
-        baseline(config(), "topk", calibration, out, planted.context(lambda: next(asked)))
-    assert "will start again" in caplog.text
-    assert not (out / "metadata.json").exists()
-    baseline(config(), "topk", calibration, out, planted.context())
+    shutil.copytree(trained["topk"], out)
     written = (out / "metadata.json").stat().st_mtime_ns
     baseline(config(), "topk", calibration, out, planted.context())
     assert (out / "metadata.json").stat().st_mtime_ns == written
     with pytest.raises(UserError, match="baseline"):
         baseline(config(), "batchtopk", calibration, out, planted.context())
+
+
+def test_a_rate_that_diverges_is_never_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor hides one that does not: a comparison with NaN is false, whichever way round."""
+    step = sae_lens.SAETrainer.step
+
+    def spoiled(self: Any, batch: Tensor) -> Any:
+        return step(self, batch * torch.nan if self.cfg.lr in bad else batch)
+
+    monkeypatch.setattr(sae_lens.SAETrainer, "step", spoiled)
+    run, bad = config(20), {LRS[0], LRS[2]}
+    calibration = planted.write_calibration(run, tmp_path / "calibration")
+    baseline(run, "topk", calibration, tmp_path / "one", planted.context())
+    about = read_metadata(tmp_path / "one")["baseline"]
+    assert about["lr"] == LRS[1]
+    bad = set(LRS)
+    with pytest.raises(Diverged, match="smaller baselines"):
+        baseline(run, "topk", calibration, tmp_path / "none", planted.context())
+    assert not (tmp_path / "none" / "metadata.json").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)
