@@ -13,14 +13,18 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 NODES = ("n1", "n2", "n3")
-PORT = 17400
+PORTS = range(17400, 32400, 400)
+"""Where the ports of a cluster begin; the first block that nobody on this machine has taken."""
 PATIENCE = 900
 """Seconds to wait for what must happen, on a machine that is as slow and busy as it likes."""
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -76,7 +80,8 @@ class Cluster:
 
     Attributes:
         root: configuration, state, logs and sockets; a short path, for the sockets' sake.
-        index: clusters with different numbers share neither ports nor job ids.
+        index: clusters with different numbers share no job ids.
+        port: the first of its ports, once started.
     """
 
     DAEMONS = (*NODES, "slurmctld", "munged")
@@ -85,7 +90,7 @@ class Cluster:
 
     def __init__(self, root: Path, index: int = 0) -> None:
         self.root, self.index = root, index
-        self.port = PORT + 400 * index
+        self.port = 0
         self.host = socket.gethostname().split(".")[0]
         self.user = subprocess.check_output(["id", "-un"], text=True).strip()
         self.environment = {
@@ -97,6 +102,7 @@ class Cluster:
         """Boot everything and wait until all nodes are idle."""
         for name in ("bin", "state", *(f"spool/{node}" for node in NODES)):
             (self.root / name).mkdir(parents=True)
+        self._reserve_ports()
         self._configure()
         self._start_munge()
         self.start_controller()
@@ -104,6 +110,18 @@ class Cluster:
             self.start_node(node)
         wait_until(lambda: self._node_states() == {"idle"}, "idle nodes")
         self._require_loopback()
+
+    def _reserve_ports(self) -> None:
+        """Take a block of ports for as long as this process lives."""
+        for port in PORTS:
+            self._ports = FileLock(Path(tempfile.gettempdir()) / f"spalf-slurm-{port}.lock")
+            try:
+                self._ports.acquire(timeout=0)
+            except Timeout:
+                continue
+            self.port = port
+            return
+        raise RuntimeError("every block of ports is taken by another cluster")
 
     def stop(self) -> None:
         """End jobs and daemons; nothing that was started here is left."""

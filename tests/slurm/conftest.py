@@ -24,21 +24,18 @@ from tests.slurm.accounting import NEEDED, AccountedCluster
 from tests.slurm.cluster import PATIENCE, Cluster, Job, missing, wait_until
 
 ROOT = Path(__file__).parents[2]
-SWEEP: dict[str, Any] = {
-    "models": {
-        "demo-2l": {"model_name": "spalf/demo-2l", "hook_point": "blocks.1.hook_resid_post"}
-    },
-    "dataset": "python-stdlib",
+SHORTER: dict[str, Any] = {
     "grid": {"L0_target": [4], "seed": [0]},
     "train": {"F": 64, "lr": 0.004, "total_tokens": 786432, "batch_size": 512, "seq_len": 64},
     "evaluate": {"tokens": 8192, "sweep_tokens": 2048, "absorption": False},
     # `auto` asks Slurm for a GPU and, the GPUs being pretended, computes on the CPU.
     "runtime": {"device": "auto", "threads": 1, "checkpoint_every_steps": 100},
 }
+"""What is changed of the demo's configuration."""
 CELL = "results/demo-2l/L0_4/seed_0"
-OTHER = "results/demo-2l/L0_8/seed_0"
-TRAINED = ("phase1", "phase2", "evaluation.json", "tables", "figures", "logs", "benchmarks")
-"""What of a finished sweep a clone is to make itself."""
+OTHER = "results/demo-4l/L0_4/seed_0"
+TRAINED = ("phase1", "phase2", "evaluation.json", "logs", "benchmarks")
+"""What of a finished cell a clone is to make itself."""
 
 
 @pytest.fixture(scope="session")
@@ -93,8 +90,33 @@ def booted(kind: type[AnyCluster], index: int) -> Iterator[AnyCluster]:
     assert reaper.returncode == 0
 
 
+def shortened_demo() -> dict[str, Any]:
+    """The grid that ``snakemake`` runs in a fresh clone, cut down to a cell of each model."""
+    demo = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
+    models = {
+        name: {key: entry[key] for key in ("model_name", "hook_point")}
+        for name, entry in demo["models"].items()
+    }
+    return {**demo, "models": models, **SHORTER}
+
+
+def of_one_model(*l0_targets: int) -> dict[str, Any]:
+    """The same, of the first model only, with other sparsities."""
+    sweep = shortened_demo()
+    return {
+        **sweep,
+        "models": {"demo-2l": sweep["models"]["demo-2l"]},
+        "grid": {"L0_target": list(l0_targets), "seed": [0]},
+    }
+
+
 class Clone:
     """A clone of the repository in a path with a space, its environment inside, as users have it.
+
+    Args:
+        parent: directory to make it in.
+        cluster: where its jobs go; none for this machine.
+        sweep: its ``config/config.yaml``; by default the shortened demo.
 
     Attributes:
         path: the clone.
@@ -102,18 +124,20 @@ class Clone:
         remade: those that were other files later.
     """
 
-    def __init__(self, parent: Path, cluster: Cluster | None, l0_targets: list[int]) -> None:
+    def __init__(
+        self, parent: Path, cluster: Cluster | None, sweep: dict[str, Any] | None = None
+    ) -> None:
         self.path = parent / "a clone"
         self._cluster = cluster
         if not self.path.exists():
-            self._make(l0_targets)
+            self._make(sweep or shortened_demo())
         self.finished: dict[Path, int] = {}
         self.remade: set[Path] = set()
         self._watching = threading.Event()
         self._processes: list[subprocess.Popen[bytes]] = []
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def _make(self, l0_targets: list[int]) -> None:
+    def _make(self, sweep: dict[str, Any]) -> None:
         self.path.mkdir(parents=True)
         for name in ("Snakefile", "environment.yml"):
             shutil.copy(ROOT / name, self.path)
@@ -122,8 +146,7 @@ class Clone:
         for name in ("slurm", "profiles"):
             shutil.copy(ROOT / name, self.path / name, follow_symlinks=False)
         self._make_environment()
-        sweep = {**SWEEP, "grid": {"L0_target": l0_targets, "seed": [0]}}
-        (self.path / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+        (self.path / "config/config.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
         self._set_site()
 
     def _make_environment(self) -> None:
@@ -159,19 +182,25 @@ class Clone:
         with (self.path / "slurm" / "config.yaml").open("a", encoding="utf-8") as profile:
             profile.write("\n" + yaml.safe_dump({"set-resources": block}))
 
-    def continue_from(self, other: Clone, *, without: tuple[str, ...]) -> None:
-        """Take over the results of ``other``, but for files and folders named ``without``."""
+    def continue_from(
+        self, other: Clone, *, without: tuple[str, ...] = TRAINED, of: tuple[str, ...] = (CELL,)
+    ) -> None:
+        """Take over the results of ``other``, but for what ``without`` names of the cells ``of``.
+
+        What was made of all cells is left out too.
+        """
         shutil.copytree(other.path / ".snakemake" / "metadata", self.path / ".snakemake/metadata")
-        shutil.copytree(
-            other.path / "results",
-            self.path / "results",
-            ignore=lambda folder, names: [name for name in names if name in without],
-        )
+        cells = [str(other.path / cell) for cell in of]
+        for name in ("demo-2l", "demo-4l"):
+            shutil.copytree(
+                other.path / "results" / name,
+                self.path / "results" / name,
+                ignore=lambda folder, names: without if str(folder) in cells else (),
+            )
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start ``snakemake``; what it says goes to ``snakemake.<n>.log`` in the clone."""
-        command = ["snakemake", "--configfile", "sweep.yaml", *arguments]
-        command = ["env", "--default-signal=INT", *command]
+        command = ["env", "--default-signal=INT,HUP", "snakemake", *arguments]
         with self._log(len(self._processes)).open("wb") as log:
             process = subprocess.Popen(
                 command,
@@ -244,7 +273,7 @@ class Clone:
         patterns = ("init/metadata.json", "phase?/metadata.json", "evaluation.json")
         while not self._watching.wait(0.05):
             for pattern in patterns:
-                for path in self.path.glob(f"results/demo-2l/L0_*/seed_0/{pattern}"):
+                for path in self.path.glob(f"results/*/L0_*/seed_0/{pattern}"):
                     self._note(path)
 
     def _note(self, path: Path) -> None:
@@ -260,13 +289,13 @@ class Clone:
 
 @pytest.fixture(scope="session")
 def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
-    """The sweep of one cell, run on this machine without Slurm and without disturbance."""
+    """The shortened demo, run on this machine without Slurm and without disturbance."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # the first worker to come makes it for all of them
         shared = shared.parent
     with FileLock(shared / "reference.lock"):
         made = (shared / "reference").exists()
-        clone = Clone(shared / "reference", None, [4])
+        clone = Clone(shared / "reference", None)
         if not made:
             process = clone.start()
             assert process.wait(PATIENCE) == 0, clone.said()
@@ -276,9 +305,9 @@ def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def clone(cluster: Cluster, reference: Clone, tmp_path: Path) -> Iterator[Clone]:
-    """A clone that has its calibration and its initialised autoencoder, and trains next."""
-    result = Clone(tmp_path, cluster, [4])
-    result.continue_from(reference, without=TRAINED)
+    """A clone in the middle of the sweep: one cell is done, one is initialised and trains next."""
+    result = Clone(tmp_path, cluster)
+    result.continue_from(reference)
     yield result
     result.end()
     for job in result.jobs():

@@ -8,7 +8,7 @@ import pytest
 
 from tests.slurm.accounting import ACCOUNT, AccountedCluster
 from tests.slurm.cluster import PATIENCE, Cluster, processes_with, wait_until
-from tests.slurm.conftest import CELL, TRAINED, Clone, booted, number
+from tests.slurm.conftest import CELL, TRAINED, Clone, booted, number, of_one_model
 from tests.slurm.test_sweep import assert_same_cell, finish, memory, resumed_at
 
 pytestmark = [pytest.mark.timeout(2 * PATIENCE)]
@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.timeout(2 * PATIENCE)]
 
 def test_accounting(accounted: AccountedCluster, reference: Clone, tmp_path: Path) -> None:
     """Only ``sacct`` knows how a job ended; jobs need an account that has one at a time."""
-    clone = Clone(tmp_path, accounted, [4])
-    clone.continue_from(reference, without=TRAINED)
+    clone = Clone(tmp_path, accounted)
+    clone.continue_from(reference)
     clone.edit_profile("# slurm_account: my-account ", f"slurm_account: {ACCOUNT} ")
     process = clone.sweep("--jobs", "1")
     accounted.call("scancel", clone.wait_for_training().id)
@@ -53,8 +53,8 @@ def test_out_of_memory(clone: Clone, reference: Clone) -> None:
 
 
 def test_cells_as_groups(cluster: Cluster, reference: Clone, tmp_path: Path) -> None:
-    clone = Clone(tmp_path, cluster, [4, 8])
-    clone.continue_from(reference, without=TRAINED)
+    clone = Clone(tmp_path, cluster, of_one_model(4, 8))
+    clone.continue_from(reference)
     steps = ("init", "phase1", "phase2", "evaluate")
     process = clone.sweep("--groups", *(f"{step}=cell" for step in steps))
     assert process.wait(PATIENCE) == 0, clone.said()
@@ -65,7 +65,7 @@ def test_cells_as_groups(cluster: Cluster, reference: Clone, tmp_path: Path) -> 
 
 def test_steps_as_arrays(cluster: Cluster, reference: Clone, tmp_path: Path) -> None:
     """More jobs are ready than may be handed over at a time."""
-    clone = Clone(tmp_path, cluster, [4, 5, 6, 7, 8])
+    clone = Clone(tmp_path, cluster, of_one_model(4, 5, 6, 7, 8))
     clone.continue_from(reference, without=(*TRAINED, "init"))
     process = clone.sweep("--slurm-array-jobs", "all", "--jobs", "2", "--until", "init")
     assert process.wait(PATIENCE) == 0, clone.said()
