@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,11 @@ def house_style() -> Iterator[None]:
 
 def save(figure: Figure, path: Path) -> Path:
     """Save ``figure`` in the format of ``path``'s suffix, without a date."""
+    # In memory first: on a full disk Matplotlib's PDF writer fails in more ways than one.
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], metadata=_UNDATED[path.suffix])
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], metadata=_UNDATED[path.suffix])
+        temporary.write_bytes(drawn.getvalue())
     return path
 
 

@@ -29,7 +29,6 @@ MADE_BY = {
     "calibrate": (
         "calibration/calibration.safetensors",
         *(f"calibration/tokens/{name}.npy" for name in ("train", "calibration", "evaluation")),
-        "calibration/tokens/tokens.json",
     ),
     "init": ("init/model.safetensors", "init/tensors.safetensors"),
     "phase1": (*(f"phase1/{name}.safetensors" for name in TRAINED), "phase1/metrics.jsonl"),

@@ -126,6 +126,16 @@ def test_a_key_given_twice_ends_the_workflow_with_status_2(sweep: Sweep) -> None
     assert not (sweep.directory / "results").exists()
 
 
+def test_a_tag_in_a_sweep_runs_nothing(sweep: Sweep) -> None:
+    """Snakemake itself reads the file first, and refuses it."""
+    path = sweep.directory / "config.yaml"
+    path.write_text('models: !!python/object/apply:os.system ["touch pwned"]\n', encoding="utf-8")
+    result = sweep.run("--dry-run", "--quiet", "all")
+    assert result.returncode == 1 and "not valid" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not (sweep.directory / "pwned").exists()
+
+
 def test_a_hostile_label_ends_the_workflow_with_status_2(sweep: Sweep) -> None:
     models = {"../up": {"model_name": "a", "hook_point": "blocks.0.hook_resid_post"}}
     sweep.configure(models=models)
