@@ -214,7 +214,7 @@ class _UnderWay:
         self._shown = int(row["step"])
 
     def _save(self, state: TrainState) -> None:
-        """Write a checkpoint of ``state`` and the metrics log as it was then, unless it is there."""
+        """Write a checkpoint of ``state`` and the metrics log as it was, unless it is there."""
         if self._store.saved == state.step:
             return
         with self._clock.timed():

@@ -84,7 +84,7 @@ PLACES = [
     ("evaluate", "spalf.evaluation:DownstreamMeasurement", "add", 10),
     ("evaluate", "spalf.evaluation:AbsorptionMeasurement", "add", 5),
     ("baseline", "sae_lens:SAETrainer", "step", 41),
-    ("baseline", "spalf.activations:ActivationStore", "sequences", 6),
+    ("baseline", "spalf.activations:ActivationStore", "_read", 6),
 ]
 
 
