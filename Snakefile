@@ -14,6 +14,7 @@ report: "workflow/report/workflow.rst"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/train.smk"
+include: "workflow/rules/sanity.smk"
 include: "workflow/rules/imported.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/dashboard.smk"

@@ -121,6 +121,8 @@ def memory_mb(
     sae = {
         "calibrate": 8 * 4 * site.d_model**2,
         "init": 2 * 4 * dictionary,
+        "random": 4 * 4 * dictionary,
+        "consistency": 6 * 4 * dictionary + 4 * 4 * 1024 * config.F,
         # Every learning rate at once; their temporaries come one after the other.
         "baseline": len(config.baselines.lrs) * ADAM_BYTES * dictionary
         + 12 * 4 * config.batch_size * config.F,
@@ -187,6 +189,8 @@ def _operations(step: str, config: RunConfig, site: Site, cells: int) -> float:
     return {
         "calibrate": config.total_tokens * model,
         "init": plan.block_tokens * (model + sae),
+        "random": plan.block_tokens * (model + sae),
+        "consistency": 4 * config.F**2 * site.d_model,
         "phase1": plan.phase1_steps * config.batch_size * (model + sae),
         "phase2": plan.phase2_steps * config.batch_size * (3 * model + sae),
         "pack": config.batch_size

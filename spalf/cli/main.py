@@ -18,9 +18,11 @@ from spalf.cli.options import (
     configuration,
     context_options,
     directory,
+    execution,
     existing_file,
     finished_only,
     read_config,
+    read_runtime,
     read_sweep,
     skipping,
     sweep,
@@ -50,6 +52,7 @@ EXAMPLES = {
         "--out run/batchtopk"
     ),
     "evaluate": (
+    "random": ("spalf random --config run.yaml --calibration run/calibration --out run/random"),
         "spalf evaluate --config run.yaml --calibration run/calibration --phase1 run/phase1 "
         "--phase2 run/phase2 --out run/evaluation.json"
     ),
@@ -58,6 +61,7 @@ EXAMPLES = {
         "--phase2 run/phase2 --evaluation run/evaluation.json --out run/dashboard.html"
     ),
     "aggregate": "spalf aggregate --sweep config/config.yaml --out results/tables",
+    "consistency": "spalf consistency --out run/consistency.json seed_0/phase2 seed_1/phase2",
     "tables": "spalf tables --out results/tables results/tables/frontier.csv",
     "figures": (
         "spalf figures --sweep config/config.yaml --frontier results/tables/frontier.csv "
@@ -188,6 +192,18 @@ def baseline(method: str, calibration: Path, out: Path, **options: Any) -> None:
 
 
 @step("evaluate")
+@step("random")
+@configuration
+@click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option("--out", type=directory, required=True, help="Directory to write.")
+def random(calibration: Path, out: Path, **options: Any) -> None:
+    """Make an untrained SAE with random directions, which every trained one has to beat."""
+    config, context = _start(options)
+    from spalf.steps import random_step
+
+    random_step(config, calibration, out, context)
+
+
 @configuration
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
 @click.option("--phase1", "first", type=directory, help="Output of phase1.")
@@ -265,6 +281,23 @@ def dashboard(
         model_label=model,
         variant=variant,
     )
+
+
+@step("consistency")
+@execution
+@click.option("--out", type=existing_file, required=True, help="JSON file to write.")
+@click.argument("saes", nargs=-1, required=True, type=directory)
+def consistency(
+    out: Path, saes: tuple[Path, ...], runtime: str, device: str | None, debug: bool
+) -> None:
+    """Compare the dictionaries of SAEs that differ only in their seed (PW-MCC)."""
+    chosen = read_runtime(runtime, device)
+    from spalf.cli.runtime import configure_logging, set_up
+
+    configure_logging(debug)
+    from spalf.steps import consistency as run
+
+    run(saes, out, set_up(chosen, seed=0))
 
 
 @step("aggregate")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from spalf.config import RunConfig, SweepConfig, load_sweep, parse, parse_sweep
+from spalf.config import RunConfig, RuntimeConfig, SweepConfig, load_sweep, parse, parse_sweep
 from spalf.config.io import read_mapping
 from spalf.errors import UserError
 
@@ -30,13 +30,23 @@ def configuration(command: Command) -> Command:
     options = [
         click.option("--config", "config_file", type=existing_file, help="YAML file of one run."),
         click.option("--settings", help="The same as one JSON object instead of a file."),
+    ]
+    command = execution(command)
+    for option in reversed(options):
+        command = option(command)
+    return reliability(command)
+
+
+def execution(command: Command) -> Command:
+    """``--runtime JSON``, ``--device``, ``--debug``."""
+    options = [
         click.option("--runtime", default="{}", help="JSON overriding the runtime section."),
         click.option("--device", help="auto, cpu, cuda or cuda:N; overrides runtime.device."),
         click.option("--debug", is_flag=True, help="Show tracebacks and debug messages."),
     ]
     for option in reversed(options):
         command = option(command)
-    return reliability(command)
+    return command
 
 
 def reliability(command: Command) -> Command:
@@ -128,15 +138,33 @@ def read_config(
     if config_file is not None:
         where, data = str(config_file), read_mapping(config_file)
     else:
-        where, data = "--settings", _json_object("--settings", settings or "")
-    overrides = _json_object("--runtime", runtime) | ({"device": device} if device else {})
+        where, data = "--settings", json_object("--settings", settings or "")
+    overrides = _runtime_overrides(runtime, device)
     runtime_section = data.get("runtime") or {}
     if overrides and isinstance(runtime_section, dict):
         data = {**data, "runtime": {**runtime_section, **overrides}}
     return parse(RunConfig, {**(defaults or {}), **data}, where)
 
 
-def _json_object(option: str, text: str) -> dict[str, Any]:
+def read_runtime(runtime: str, device: str | None) -> RuntimeConfig:
+    """The runtime section from the options of `execution`, for a step without a configuration.
+
+    Raises:
+        UserError: the content is invalid.
+    """
+    return parse(RuntimeConfig, _runtime_overrides(runtime, device), "--runtime")
+
+
+def _runtime_overrides(runtime: str, device: str | None) -> dict[str, Any]:
+    return json_object("--runtime", runtime) | ({"device": device} if device else {})
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """The JSON object that an option holds.
+
+    Raises:
+        UserError: it is something else.
+    """
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -6,6 +6,7 @@ from spalf.config.io import load_run, load_sweep, parse, parse_sweep, to_yaml
 from spalf.config.sweep import Cell, ModelEntry, SweepConfig, VariantEntry
 from spalf.config.types import (
     BASELINES,
+    RANDOM,
     BaselinesConfig,
     DatasetConfig,
     EvaluateConfig,
@@ -16,6 +17,7 @@ from spalf.config.types import (
 
 __all__ = [
     "BASELINES",
+    "RANDOM",
     "BaselinesConfig",
     "Cell",
     "DatasetConfig",

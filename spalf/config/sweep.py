@@ -14,6 +14,7 @@ from spalf.config.base import Frozen
 from spalf.config.constants import StructuralConstants
 from spalf.config.types import (
     BASELINES,
+    RANDOM,
     BaselinesConfig,
     Dataset,
     DictionarySize,
@@ -28,7 +29,7 @@ from spalf.config.types import (
     SequenceLength,
 )
 
-Method = Literal["spalf", "batchtopk", "topk", "jumprelu"]
+Method = Literal["spalf", "batchtopk", "topk", "jumprelu", "random"]
 
 
 class SweepTrainConfig(Frozen):
@@ -120,7 +121,7 @@ class Cell(Frozen):
         model: name of its language model in the sweep.
         L0_target: mean number of active features per token that was asked for.
         seed: of its training.
-        method: ``spalf``, or the baseline it is.
+        method: ``spalf``, or the baseline it is, or ``random``.
         variant: name of the variant it belongs to; empty for the sweep itself.
     """
 
@@ -149,7 +150,8 @@ class SweepConfig(Frozen):
         models: language models and sites, by a name of the user's choice.
         dataset: where text comes from.
         grid: the axes every method is trained along.
-        methods: what is trained: ``spalf`` and SAELens's baselines.
+        methods: what is trained: ``spalf`` and SAELens's baselines; ``random`` adds untrained SAEs,
+            which all others have to beat.
         variants: changed versions of ``spalf``, by name, such as ablations.
         baselines: how the baselines are trained.
         pack: whether one job trains all cells of a model, or of a variant, on one stream of
@@ -171,7 +173,9 @@ class SweepConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        taken = sorted(set(self.variants) & {"spalf", "calibration", "imported", *BASELINES})
+        taken = sorted(
+            set(self.variants) & {"spalf", "calibration", "imported", RANDOM, *BASELINES}
+        )
         if taken:
             raise ValueError(f"a variant cannot be called {taken[0]!r}; give it another name")
         if self.variants and "spalf" not in self.methods:

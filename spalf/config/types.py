@@ -25,6 +25,9 @@ Baseline = Literal["batchtopk", "topk", "jumprelu"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 """The architectures that SAELens trains for comparison."""
 
+RANDOM = "random"
+"""The method that trains nothing: what every trained SAE has to beat."""
+
 BUFFER_TOKENS = 2**20
 """Capacity of the activation buffer, in activations (M18)."""
 
@@ -72,12 +75,14 @@ class EvaluateConfig(Frozen):
         sweep_factors: factors on the thresholds for the threshold-sweep frontier.
         sweep_tokens: held-out tokens used for each factor of that sweep.
         absorption: whether first-letter absorption is measured.
+        probing: whether features are probed for facts about tokens, where the text is Python.
     """
 
     tokens: PositiveInt = 131_072
     sweep_factors: Factors = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
     sweep_tokens: PositiveInt = 16_384
     absorption: bool = True
+    probing: bool = True
 
 
 class MethodConfig(Frozen):

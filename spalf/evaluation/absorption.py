@@ -8,13 +8,19 @@ text; ground truth is a linear probe for each letter, trained on other words tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from spalf.evaluation.probes import (
+    Probes,
+    balanced_accuracy,
+    chunks,
+    f1_score,
+    fit_probes,
+    most_correlated,
+)
 from spalf.evaluation.protocols import PatchableModel, Progress, SparseCoder
 from spalf.evaluation.words import (
     ALPHABET,
@@ -24,19 +30,7 @@ from spalf.evaluation.words import (
     collect_words,
 )
 
-_CHUNK_ELEMENTS = 2**24
-_RIDGE = 1e-2
-
-
-@dataclass(frozen=True, eq=False)
-class _Probes:
-    """Linear probes: row i of x is of letter ℓ where x_i·direction_ℓ + bias_ℓ > 0."""
-
-    direction: Tensor  # [d_model, letters]
-    bias: Tensor  # [letters]
-
-    def logits(self, x: Tensor) -> Tensor:
-        return x @ self.direction + self.bias
+_SPARSE_ITERATIONS = 30
 
 
 def evaluate_absorption(
@@ -94,8 +88,9 @@ def first_letter_absorption(
 
     Returns:
         ``rate`` (over all test cases), ``per_letter`` (letter → rate), ``probe_accuracy``
-        (balanced, on unseen words, mean over letters) and ``n_cases``; or ``skipped``: why there
-        is no measurement.
+        (balanced, on unseen words, mean over letters), ``feature_accuracy`` (the same of probes
+        that see each letter's main features only) and ``n_cases``; or ``skipped``: why there is
+        no measurement.
     """
     chosen = options or AbsorptionOptions()
     letters = _eligible_letters(words, chosen)
@@ -105,8 +100,9 @@ def first_letter_absorption(
             f"in the evaluation text; {chosen.min_letters} are needed"
         }
     train, test = _split(words, letters, chosen)
-    probes = _fit_probes(train.x, _one_hot(train.letter, letters))
-    accuracy = _balanced_accuracy(probes.logits(test.x) > 0, _one_hot(test.letter, letters))
+    probes = fit_probes(train.x, _one_hot(train.letter, letters))
+    right = balanced_accuracy(probes.logits(test.x) > 0, _one_hot(test.letter, letters))
+    accuracy = float(right.mean())
     if accuracy < chosen.min_probe_accuracy:
         return {
             "skipped": f"the site does not spell: balanced probe accuracy on unseen words is "
@@ -126,6 +122,7 @@ def first_letter_absorption(
         "rate": int(absorbed.sum()) / total,
         "per_letter": rates,
         "probe_accuracy": accuracy,
+        "feature_accuracy": _feature_accuracy(train, test, sae, letters, main),
         "n_cases": total,
     }
 
@@ -159,50 +156,6 @@ def _one_hot(letter: Tensor, letters: list[int]) -> Tensor:
     return letter[:, None] == torch.tensor(letters, device=letter.device)
 
 
-def _fit_probes(x: Tensor, labels: Tensor, max_iterations: int = 100) -> _Probes:
-    """One class-balanced ridge-penalised logistic probe per column of ``labels [n, letters]``.
-
-    Inputs of more than average variance are brought down to it, so that a few huge ones do not
-    hold up the fit; small ones are never blown up, so that probes do not live on noise.
-    """
-    mean, std = x.mean(dim=0), x.std(dim=0)
-    scale = std.clamp(min=float(std.square().mean().sqrt()) + 1e-12)
-    inputs, target = (x - mean) / scale, labels.float()
-    positive = target.mean(dim=0).clamp(1e-6, 1 - 1e-6)
-    weight = torch.where(labels, 0.5 / positive, 0.5 / (1 - positive))
-    w = x.new_zeros(x.shape[1], labels.shape[1], requires_grad=True)
-    b = x.new_zeros(labels.shape[1], requires_grad=True)
-    optimiser = torch.optim.LBFGS([w, b], max_iter=max_iterations, line_search_fn="strong_wolfe")
-
-    def closure() -> float:
-        optimiser.zero_grad()
-        fit = F.binary_cross_entropy_with_logits(inputs @ w + b, target, weight, reduction="none")
-        # Each letter is a problem of its own, hence the sum over letters.
-        loss = fit.mean(dim=0).sum() + 0.5 * _RIDGE * w.square().sum()
-        loss.backward()
-        return float(loss.detach())
-
-    with torch.enable_grad():
-        optimiser.step(closure)
-    direction = w.detach() / scale[:, None]
-    return _Probes(direction, b.detach() - mean @ direction)
-
-
-def _balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Mean over letters of (sensitivity + specificity)/2; both ``[n, letters]`` bool."""
-    hits = (predicted & labels).sum(dim=0) / labels.sum(dim=0)
-    rejections = (~predicted & ~labels).sum(dim=0) / (~labels).sum(dim=0)
-    return float((hits + rejections).mean() / 2)
-
-
-def _chunks(words: WordActivations, sae: SparseCoder) -> Iterable[tuple[slice, Tensor]]:
-    """Rows and their codes ``[rows, d_sae]``, a few at a time."""
-    size = max(1, _CHUNK_ELEMENTS // sae.W_dec.shape[0])
-    for start in range(0, words.x.shape[0], size):
-        rows = slice(start, min(start + size, words.x.shape[0]))
-        yield rows, sae.encode(words.x[rows]).float()
-
-
 def _main_features(
     train: WordActivations, sae: SparseCoder, letters: list[int], options: AbsorptionOptions
 ) -> list[Tensor]:
@@ -212,9 +165,9 @@ def _main_features(
     of a probe on the leading ones, the letter's feature is taken to be split among them.
     """
     labels = _one_hot(train.letter, letters)
-    ranked = _most_correlated(train, sae, labels, options.max_main)
+    ranked = most_correlated(train.x, sae, labels, options.max_main)
     kept, column = ranked.unique(return_inverse=True)
-    z = torch.cat([codes[:, kept] for _, codes in _chunks(train, sae)])
+    z = torch.cat([codes[:, kept] for _, codes in chunks(train.x, sae)])
     main = []
     for index in range(len(letters)):
         candidates, label = column[index], labels[:, index : index + 1]
@@ -228,35 +181,36 @@ def _main_features(
     return main
 
 
-def _most_correlated(
-    train: WordActivations, sae: SparseCoder, labels: Tensor, count: int
-) -> Tensor:
-    """Features most correlated with each letter, best first: int64 ``[letters, count]``."""
-    n, d_sae = labels.shape[0], sae.W_dec.shape[0]
-    sums = train.x.new_zeros(labels.shape[1], d_sae)
-    total, squares = train.x.new_zeros(2, d_sae)
-    for rows, z in _chunks(train, sae):
-        sums += labels[rows].float().T @ z
-        total += z.sum(dim=0)
-        squares += z.square().sum(dim=0)
-    share = labels.float().mean(dim=0)[:, None]
-    spread = (squares / n - (total / n).square()).clamp(min=0).sqrt()
-    covariance = sums / n - share * (total / n)
-    correlation = torch.where(spread > 0, covariance / spread, -torch.inf)
-    return correlation.topk(min(count, d_sae), dim=1).indices
-
-
 def _sparse_f1(z: Tensor, label: Tensor) -> float:
     """F1 on the training rows of a logistic probe on a few features ``z [n, k]``."""
-    predicted = _fit_probes(z, label, max_iterations=30).logits(z) > 0
-    hits = float((predicted & label).sum())
-    return 2 * hits / max(1.0, float(predicted.sum() + label.sum()))
+    return float(f1_score(fit_probes(z, label, _SPARSE_ITERATIONS).logits(z) > 0, label))
+
+
+def _feature_accuracy(
+    train: WordActivations,
+    test: WordActivations,
+    sae: SparseCoder,
+    letters: list[int],
+    main: list[Tensor],
+) -> float:
+    """Balanced accuracy on unseen words of a probe on each letter's main features; the mean."""
+    kept, column = torch.cat(main).unique(return_inverse=True)
+    seen, unseen = (
+        torch.cat([codes[:, kept] for _, codes in chunks(words.x, sae)]) for words in (train, test)
+    )
+    labels, wanted = _one_hot(train.letter, letters), _one_hot(test.letter, letters)
+    scores = []
+    for index, own in enumerate(column.split([features.numel() for features in main])):
+        probe = fit_probes(seen[:, own], labels[:, index : index + 1], _SPARSE_ITERATIONS)
+        found = probe.logits(unseen[:, own]) > 0
+        scores.append(float(balanced_accuracy(found, wanted[:, index : index + 1])))
+    return sum(scores) / len(scores)
 
 
 def _count_absorbed(
     test: WordActivations,
     sae: SparseCoder,
-    probes: _Probes,
+    probes: Probes,
     main: list[Tensor],
     letters: list[int],
     options: AbsorptionOptions,
@@ -274,7 +228,7 @@ def _count_absorbed(
     norms = sae.W_dec.float().norm(dim=1)[:, None] * probes.direction.norm(dim=0)
     on_probe = torch.where(on_probe > options.min_cosine * norms, on_probe, 0.0)
     absorbed = is_case.new_zeros(is_case.shape)
-    for rows, z in _chunks(test, sae):
+    for rows, z in chunks(test.x, sae):
         for index, features in enumerate(main):
             at = is_case[rows, index].nonzero().flatten()
             silent = (z[at][:, features] == 0).all(dim=1)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 OUTCOMES = {"evaluate": "evaluation.json", "dashboard": "dashboard.html"}
 """What a step leaves behind when it is done, where that is not ``<step>/metadata.json``."""
-CELL_STEPS = ("init", "phase1", "phase2", "baseline", "evaluate", "dashboard")
+CELL_STEPS = ("init", "phase1", "phase2", "baseline", "random", "evaluate", "dashboard")
 SLURM_LOGS = Path("logs", "slurm")
-BASELINES = ("/batchtopk", "/topk", "/jumprelu")
+BASELINES = ("/batchtopk", "/topk", "/jumprelu", "/random")
 PLACE = re.compile(r"^job (?P<job>\S+) on (?P<node>[^\s,]+)")
 SLURM_SAYS = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ (?P<reason>.*?) \*\*\*")
 OUT_OF_MEMORY = re.compile(r"oom.kill|out.of.memory|exceeded .*memory limit", re.IGNORECASE)

@@ -107,6 +107,7 @@ def environment(context: StepContext) -> dict[str, str]:
     cuda = context.device.type == "cuda"
     found = {"python": platform.python_version(), "commit": context.commit}
     found["device"] = torch.cuda.get_device_name(context.device) if cuda else "cpu"
+    found["machine"] = f"{platform.machine()}, {os.cpu_count()} CPUs"
     for package in REPORTED_PACKAGES:
         try:
             found[package] = version(package)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spalf.checkpoint import read_checkpoint
-from spalf.config import RunConfig
+from spalf.config import RANDOM, RunConfig
 from spalf.dashboard import (
     Collector,
     FeatureData,
@@ -239,6 +239,7 @@ def _metrics_log(phase: Path, shown: _Shown) -> list[dict[str, Any]]:
 def _beside(frontier: Path, cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the frontier that are of the same model and site."""
     table = read_frontier(frontier)
+    table = table[table["method"] != RANDOM]  # so far off that nothing else would be seen
     same = (table["model"] == cell["model"]) & (table["hook_point"] == cell["hook_point"])
     return _records(table[same])
 

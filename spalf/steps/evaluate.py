@@ -6,9 +6,11 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from spalf.checkpoint import (
@@ -21,12 +23,19 @@ from spalf.config import RunConfig
 from spalf.data import SequenceStream
 from spalf.errors import Diverged, Interrupted, StopRequested
 from spalf.evaluation import (
+    PROBED_TOKENS,
     AbsorptionMeasurement,
     DownstreamMeasurement,
     Measurement,
+    ProbingMeasurement,
     ThresholdSweep,
+    TokenLabels,
     anchor_drift,
+    decoder_cosines,
+    encoder,
+    label_tokens,
 )
+from spalf.evaluation.source_labels import Encode
 from spalf.interchange import SAELensSAE
 from spalf.models import LanguageModel, load_tokenizer
 from spalf.report.records import evaluation_digest
@@ -49,6 +58,9 @@ logger = logging.getLogger(__name__)
 SEQUENCES_PER_BATCH = 8
 CHECK_EVERY = 16
 """Batches between two looks at whether everything gathered is finite."""
+
+_COSINES = 2**25
+"""Cosines between decoder columns held at a time: 128 MiB."""
 
 
 def evaluate(
@@ -89,6 +101,7 @@ def evaluate(
     settings = {**training_settings(config), "evaluate": config.evaluate.model_dump(mode="json")}
     settings |= {"label": model_label, "final": list(phases)[-1]}
     settings |= {"variant": variant} if variant else {}
+    settings |= {"parts": list(_PARTS)}  # a report of fewer parts is another report
     identity = fingerprint(settings, {"calibration": known.digests, **inputs})
     with exclusive(out, context) as working:
         if _finished(out, identity, context):
@@ -106,6 +119,8 @@ def evaluate(
         report: dict[str, Any] = {
             "cell": _cell(config, subject.final, model_label, variant),
             "environment": environment(context),
+            "settings": settings,
+            "inputs": {"calibration": known.digests, **inputs},
             "fingerprint": identity_digest(identity),
             **_Measuring(subject, store).run(),
             "final": list(phases)[-1],
@@ -136,6 +151,16 @@ class _Subject:
     @property
     def final(self) -> TrainedSAE:
         return list(self.saes.values())[-1]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The language model's."""
+        config = self.config
+        return load_tokenizer(
+            config.model_name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
 
     @property
     def available(self) -> int:
@@ -302,14 +327,49 @@ def _absorption(subject: _Subject) -> Part:
     config = subject.config
     if not config.evaluate.absorption:
         return 0, _AtOnce({"skipped": "evaluate.absorption is false"})
-    tokenizer = load_tokenizer(
-        config.model_name,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    tokenizer = subject.tokenizer
     strings = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     coder = subject.final.coder
     return config.evaluate.tokens, AbsorptionMeasurement(subject.model, coder, strings)
+
+
+def _probing(subject: _Subject) -> Part:
+    chosen = subject.config.evaluate
+    if not chosen.probing:
+        return 0, _AtOnce({"skipped": "evaluate.probing is false"})
+    encode = encoder(subject.tokenizer)
+    if encode is None:
+        reason = "the model's tokenizer does not say which characters a token stands for"
+        return 0, _AtOnce({"skipped": reason})
+    tokens = min(PROBED_TOKENS, chosen.tokens)
+    labels = _labels(subject, encode, tokens)
+    if not (labels.document >= 0).any():
+        return 0, _AtOnce({"skipped": "no document of the evaluation text is Python source"})
+    measurement = ProbingMeasurement(subject.model, subject.final.coder, subject.stream, labels)
+    return tokens, measurement
+
+
+def _labels(subject: _Subject, encode: Encode, count: int) -> TokenLabels:
+    """Labels of at least the first ``count`` held-out tokens that a measurement is given."""
+    stream, tokenizer = subject.stream, subject.tokenizer
+    tokens = stream.sequences(0, stream.n_sequences).flatten().numpy()
+    wanted = np.zeros((stream.n_sequences, stream.seq_len), dtype=np.bool_)
+    index = np.arange(stream.n_sequences)[:, None]
+    some = min(-(-count // stream.seq_len), stream.n_sequences)
+    wanted[SequenceStream(index).sequences(0, some, seed=0).flatten()] = True
+    separators = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return label_tokens(
+        tokens,
+        [token for token in separators if token is not None],
+        lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
+        encode,
+        wanted.flatten(),
+    )
+
+
+def _decoder(subject: _Subject) -> Part:
+    W_dec = subject.final.coder.W_dec
+    return 0, _AtOnce(decoder_cosines(W_dec, chunk=max(1, _COSINES // W_dec.shape[0])))
 
 
 _PARTS: dict[str, Callable[[_Subject], Part]] = {
@@ -317,6 +377,8 @@ _PARTS: dict[str, Callable[[_Subject], Part]] = {
     "threshold_sweep": _sweep,
     "drift": _drift,
     "absorption": _absorption,
+    "probing": _probing,
+    "decoder": _decoder,
 }
 
 

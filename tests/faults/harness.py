@@ -199,6 +199,7 @@ class Events:
             (pack.SplitWriter, "publish"),
             (evaluation.DownstreamMeasurement, "add"),
             (evaluation.AbsorptionMeasurement, "add"),
+            (evaluation.ProbingMeasurement, "add"),
             (graph, "train_step"),
             (SAETrainer, "step"),
             (files, "save_file"),

@@ -163,6 +163,7 @@ TOKENISING = ("spalf.data.pack:_Packer:add",)
 EVALUATING = (
     "spalf.evaluation:DownstreamMeasurement:add",
     "spalf.evaluation:AbsorptionMeasurement:add",
+    "spalf.evaluation:ProbingMeasurement:add",
 )
 
 

@@ -242,7 +242,8 @@ def test_a_rate_that_diverges_is_never_the_best(
 def test_evaluation_reports_a_baseline_like_a_phase(
     trained: dict[str, Path], calibration: Path, tmp_path: Path, method: str
 ) -> None:
-    run = config(evaluate={"tokens": 2048, "sweep_tokens": 512, "absorption": False})
+    unasked = {"absorption": False, "probing": False}  # the planted model has no tokenizer
+    run = config(evaluate={"tokens": 2048, "sweep_tokens": 512, **unasked})
     report_path = tmp_path / "evaluation.json"
     evaluate(run, calibration, {"sae": trained[method]}, report_path, planted.context(), "planted")
     report = json.loads(report_path.read_text())

@@ -113,7 +113,7 @@ def test_unknown_key_of_a_sweep_suggests_a_sibling(path: str, meant: str) -> Non
 
 def test_unknown_key_like_no_other_lists_what_there_is() -> None:
     error = refused(RUN, "evaluate.zzz", 1)
-    assert "known keys are absorption, sweep_factors, sweep_tokens, tokens" in str(error)
+    assert "known keys are absorption, probing, sweep_factors, sweep_tokens, tokens" in str(error)
 
 
 def test_two_faults_are_reported_one_at_a_time() -> None:

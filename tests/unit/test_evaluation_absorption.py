@@ -70,6 +70,7 @@ def test_no_absorption_is_measured_where_there_is_none() -> None:
     result = first_letter_absorption(_words(), PlantedSAE(_some(0)))
     assert result["rate"] == 0
     assert result["probe_accuracy"] > 0.99
+    assert result["feature_accuracy"] > 0.99
     assert result["n_cases"] == LETTERS * 6 * REPEATS
     assert result["per_letter"] == dict.fromkeys("abcdefgh", 0.0)
 
@@ -86,6 +87,22 @@ def test_planted_absorption_is_found_at_its_rate(share: float) -> None:
         own = test.word[test.letter == index]
         assert rate == pytest.approx(float(absorbed[own].float().mean()))
     assert result["rate"] == pytest.approx(share, abs=0.06)
+
+
+def test_features_that_know_no_letter_are_at_chance() -> None:
+    """The activations spell, but the dictionary has the words only."""
+
+    class WordsOnly(PlantedSAE):
+        def __init__(self) -> None:
+            super().__init__(_some(0))
+            self.W_dec = self.W_dec[LETTERS:]
+
+        def encode(self, x: Tensor) -> Tensor:
+            return super().encode(x)[:, LETTERS:]
+
+    result = first_letter_absorption(_words(), WordsOnly())
+    assert result["probe_accuracy"] > 0.99
+    assert result["feature_accuracy"] == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_silent_letter_without_a_stand_in_is_not_absorption() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spalf.evaluation import anchor_drift, mean_pairwise_consistency, pw_mcc
+from spalf.evaluation import anchor_drift, decoder_cosines, mean_pairwise_consistency, pw_mcc
 
 
 def test_columns_that_have_not_moved_have_cosine_one() -> None:
@@ -68,3 +68,36 @@ def test_consistency_over_seeds_is_the_mean_over_pairs() -> None:
 def test_an_empty_dictionary_is_refused() -> None:
     with pytest.raises(ValueError, match="without features"):
         pw_mcc(torch.zeros(0, 4), torch.randn(2, 4))
+
+
+def test_neighbours_of_a_known_dictionary() -> None:
+    """Two equal columns, one at right angles, one opposite to the first."""
+    W_dec = torch.tensor([[1.0, 0], [2.0, 0], [0, 3.0], [-1.0, 0]])
+    found = decoder_cosines(W_dec)
+    assert found["nearest_mean"] == pytest.approx((1 + 1 + 0 + 0) / 4)
+    assert found["near"] == {"0.5": 0.5, "0.7": 0.5, "0.9": 0.5}
+    # Of the twelve ordered pairs six are parallel; the width is 2.
+    assert found["mean_square"] == pytest.approx(2 * 6 / 12)
+    assert sum(found["nearest_histogram"]) == 4
+    assert found["nearest_histogram"][-1] == 2
+
+
+def test_isotropic_directions_have_mean_square_one_over_the_width() -> None:
+    W_dec = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
+    found = decoder_cosines(W_dec)
+    assert found["mean_square"] == pytest.approx(1, abs=0.02)
+    quantiles = list(found["nearest_quantiles"].values())
+    assert quantiles == sorted(quantiles)
+    assert found["near"]["0.9"] == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunks_do_not_change_the_cosines(chunk: int) -> None:
+    W_dec = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    whole, cut = decoder_cosines(W_dec), decoder_cosines(W_dec, chunk=chunk)
+    assert cut["nearest_mean"] == pytest.approx(whole["nearest_mean"])
+    assert cut["mean_square"] == pytest.approx(whole["mean_square"])
+
+
+def test_one_feature_has_no_neighbour() -> None:
+    assert set(decoder_cosines(torch.randn(1, 4)).values()) == {None}

@@ -1,8 +1,9 @@
 """Stands in for the ``spalf`` command: writes what each step declares, and notes the call.
 
 Reads ``STUB_CALLS`` (a file that gets one line a call), ``STUB_FAIL`` (a step that fails),
-``STUB_DIVERGE`` (a cell that a pack has no result of) and ``STUB_GPUS`` (a file that gets a line
-when a call begins and ends, with the GPU it may use).
+``STUB_FAIL_AT`` (only where its output's path has this in it), ``STUB_DIVERGE`` (a cell that a pack
+has no result of) and ``STUB_GPUS`` (a file that gets a line when a call begins and ends, with the
+GPU it may use).
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ OUTPUTS = {
     "phase1": (*STATE, "metadata.json", "metrics.jsonl"),
     "phase2": (*STATE, "metadata.json", "metrics.jsonl"),
     "baseline": ("cfg.json", "sae_weights.safetensors", "metadata.json"),
-    "paper": ("numbers.json", "manuscript.typ", "paper.pdf"),
-    "aggregate": ("frontier.csv", "phases.csv"),
-    "tables": tuple(f"{t}.{s}" for t in ("frontier", "phases") for s in ("md", "tex", "html")),
+    "random": ("cfg.json", "sae_weights.safetensors", "metadata.json"),
+    "paper": ("numbers.json", "manuscript.typ", "paper.pdf", "provenance/paper.json"),
+    "aggregate": ("frontier.csv", "phases.csv", "provenance/aggregate.json"),
+    "tables": (
+        *(f"{table}.{end}" for table in ("frontier", "phases") for end in ("md", "tex", "html")),
+        "provenance/tables.json",
+    ),
 }
 
 
@@ -68,7 +73,7 @@ def work() -> int:
     if step in ("calibrate", "init", "phase1", "phase2", "pack", "baseline", "evaluate"):
         checkpoint = out.with_name(f"{out.stem}.checkpoints") / "step_10"
         checkpoint.mkdir(parents=True, exist_ok=True)
-    if step == os.environ.get("STUB_FAIL"):
+    if step == os.environ.get("STUB_FAIL") and os.environ.get("STUB_FAIL_AT", "") in str(out):
         sys.stderr.write("the stub was told to fail\n")
         return 1
     if step == "pack":
@@ -77,7 +82,8 @@ def work() -> int:
     names = OUTPUTS.get(step, ())
     if step == "figures":
         models = json.loads(arguments[arguments.index("--settings") + 1])["models"]
-        names = ("pareto.pdf", "pareto.png", *(f"control_{model}.png" for model in models))
+        drawn = [f"control_{model}.{end}" for model in models for end in ("png", "pdf")]
+        names = ("pareto.pdf", "pareto.png", *drawn, "provenance/figures.json")
     for path in [out / name for name in names] or [out]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(step, encoding="utf-8")

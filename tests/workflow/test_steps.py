@@ -159,6 +159,20 @@ def test_check_excuses_a_cell_that_reached_its_fidelity(
     assert faults(frontier, phases) == []
 
 
+def test_check_wants_training_to_beat_chance(tmp_path: Path) -> None:
+    paths = []
+    for method, delta in (("spalf", 0.3), ("random", 3.0)):
+        record = synthetic.evaluation("m", 8, method=method)
+        record["phases"]["phase2"] |= {"delta_ce": delta, "explained_variance": 1 - delta / 4}
+        paths.append(tmp_path / f"{method}.json")
+        paths[-1].write_text(json.dumps(record), encoding="utf-8")
+    frontier, phases = (pd.read_csv(path) for path in aggregate(paths, tmp_path))
+    assert faults(frontier, phases) == []
+    frontier.loc[frontier.method == "random", "explained_variance"] = 0.99
+    (fault,) = faults(frontier, phases)
+    assert "no better than a random SAE" in fault
+
+
 def test_check_wants_phase2_to_help(tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     frontier, phases = tables
     phases.loc[phases.phase == "phase2", "delta_ce"] = 1.0

@@ -20,7 +20,9 @@ CELL_STEPS = ("init", "phase1", "phase2", "evaluate")
 def test_demo_grid_has_every_rule_once_per_cell(sweep: Sweep) -> None:
     demo = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
     (sweep.directory / "config.yaml").write_text(yaml.safe_dump(demo), encoding="utf-8")
-    assert sweep.planned() == {"calibrate": 2, **dict.fromkeys(CELL_STEPS, 6), **REPORT}
+    expected = {"calibrate": 2, **dict.fromkeys(CELL_STEPS, 6)}
+    expected |= {"random": 6, "evaluate_baseline": 6}
+    assert sweep.planned() == {**expected, **REPORT}
 
 
 def test_every_step_ran_once_and_got_its_files(finished_once: Sweep) -> None:
@@ -121,6 +123,26 @@ def test_baselines_add_their_cells_and_change_no_other(finished: Sweep) -> None:
     # SPALF's own steps do not depend on the baselines' settings.
     finished.configure(methods=["spalf", "topk"], baselines={"lrs": [1e-3]})
     assert finished.planned() == {"baseline": 2, "evaluate_baseline": 2, **REPORT}
+
+
+def test_random_saes_are_evaluated_like_baselines_and_cost_what_init_costs(
+    finished: Sweep,
+) -> None:
+    finished.configure(methods=["spalf", "random"])
+    assert finished.planned() == {"random": 2, "evaluate_baseline": 2, **REPORT}
+    result = finished.run("--quiet", "all")
+    assert result.returncode == 0, result.stdout
+    out = "results/tiny/random/L0_8/seed_0/baseline"
+    (made,) = [call for call in finished.calls() if call[0] == "random" and out in call]
+    options = dict(zip(made[1::2], made[2::2], strict=True))
+    given = json.loads(options["--settings"])
+    assert given["L0_target"] == 8 and "lr" not in given and "baselines" not in given
+    (measured,) = [call for call in finished.calls() if call[0] == "evaluate" and out in call]
+    assert dict(zip(measured[1::2], measured[2::2], strict=True))["--sae"] == out
+    # It depends on none of what a trained SAE depends on.
+    finished.configure(methods=["spalf", "random"], train={"lr": 0.5})
+    planned = finished.planned()
+    assert "random" not in planned and planned["phase1"] == 2
 
 
 def test_baselines_alone_need_no_phase(sweep: Sweep) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from snakemake.utils import update_config
 
-from spalf.config import BASELINES, parse_sweep
+from spalf.config import BASELINES, RANDOM, parse_sweep
 from spalf.config.io import read_mapping
 from spalf.errors import UserError
 from workflow import executor, lock, resources as needs, steps
@@ -44,6 +44,7 @@ CELL = "results/{model}/L0_{L0}/seed_{seed}"
 PACK = "results/{model}/pack.json"
 BASELINE = "results/{model}/{method}/L0_{L0}/seed_{seed}"
 IMPORT = "results/{model}/imported/{name}"
+CONSISTENCY = "results/{series}/L0_{L0}/consistency.json"
 PARAMETERS = ("model", "tensors")
 STATE = ("model", "tensors", "control", "optimizer")
 TOKENS = ("train.npy", "calibration.npy", "evaluation.npy", "tokens.json")
@@ -99,7 +100,8 @@ wildcard_constraints:
     model="|".join(
         map(re.escape, dict.fromkeys([*SWEEP.models, *(c["model"] for c in CELLS)]))
     ),
-    method="|".join(BASELINES),
+    method="|".join([*BASELINES, RANDOM]),
+    series="|".join(map(re.escape, dict.fromkeys(c["model"] for c in EVALUATED))),
     name="|".join(sorted({re.escape(sae["name"]) for sae in IMPORTED})) or "-",
     L0="|".join(sorted({re.escape(cell["L0"]) for cell in EVALUATED})),
     seed=r"\d+",
@@ -112,6 +114,9 @@ def run_config(wildcards):
     if wildcards.get("name"):
         return imported_config(wildcards)
     key = (series_of(wildcards), wildcards.L0, wildcards.seed)
+    if wildcards.get("series"):
+        at = (wildcards.series, wildcards.L0)
+        return next(run for (*place, _), run in CONFIGS.items() if tuple(place) == at)
     if key not in CONFIGS:
         raise WorkflowError(
             f"L0_{key[1]}/seed_{key[2]} of {key[0]} is not in the grid; add it"
@@ -133,6 +138,8 @@ def imported_config(wildcards):
 def series_of(wildcards):
     """``model``, ``model/variant`` or ``model/baseline``."""
     method = wildcards.get("method")
+    if wildcards.get("series"):
+        return wildcards.series
     return f"{wildcards.model}/{method}" if method else wildcards.model
 
 
@@ -271,6 +278,29 @@ def of_cells(path, cells=CELLS):
 
 
 def finished_cells():
+def of_seeds(*names):
+    """Files of the final SAE of each seed of a series at an L0; ``names`` of SPALF, then of others."""
+
+    def paths(wildcards):
+        ours = wildcards.series in {cell["model"] for cell in CELLS}
+        folder, name = ("phase2", names[0]) if ours else ("baseline", names[1])
+        return [
+            f"{CELL.format(**cell)}/{folder}/{name}"
+            for cell in EVALUATED
+            if (cell["model"], cell["L0"]) == (wildcards.series, wildcards.L0)
+        ]
+
+    return paths
+
+
+def compared():
+    """Where the seeds of each series are compared, at each L0; nowhere if there is one seed."""
+    places = [
+        CONSISTENCY.format(series=cell["model"], L0=cell["L0"]) for cell in EVALUATED
+    ]
+    return list(dict.fromkeys(places)) if len(SWEEP.grid.seed) > 1 else []
+
+
     """Evaluations that are there, and when each was written: a new one makes the paper anew."""
     paths = of_cells(f"{CELL}/evaluation.json", EVALUATED)
     paths += of_cells(f"{IMPORT}/evaluation.json", IMPORTED)

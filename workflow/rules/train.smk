@@ -241,6 +241,8 @@ rule baseline:
         f"{BASELINE}/logs/baseline.log",
     benchmark:
         f"{BASELINE}/benchmarks/baseline.tsv"
+    wildcard_constraints:
+        method="|".join(BASELINES),
     conda:
         "../../environment.yml"
     threads: step_threads

@@ -21,12 +21,13 @@ def faults(frontier: pd.DataFrame, phases: pd.DataFrame) -> list[str]:
 
     Only of SPALF itself: a baseline may miss, a variant is there to show what goes wrong.
     """
-    frontier, phases = _ours(frontier), _ours(phases)
+    everything, frontier, phases = frontier, _ours(frontier), _ours(phases)
     return [
         *(f"{_name(row)}: L0 {row['l0']:.2f} and R² below target" for row in _off_target(frontier)),
         *(f"{_name(row)}: {row['dead_fraction']:.1%} dead" for row in _dead(frontier)),
         *_not_falling(frontier),
         *_phase2_worse(phases),
+        *_no_better_than_chance(frontier, everything),
     ]
 
 
@@ -72,6 +73,17 @@ def _phase2_worse(phases: pd.DataFrame) -> list[str]:
         for key, row in wide.iterrows()
         if isinstance(key, tuple) and not row["phase2"] < row["phase1"]
     ]
+
+
+def _no_better_than_chance(ours: pd.DataFrame, everything: pd.DataFrame) -> list[str]:
+    """A trained SAE must beat the random one of its model, L0 target and seed, if there is one."""
+    keys = ["model", "hook_point", "L0_target", "seed"]
+    random = everything[everything["method"] == "random"]
+    pairs = ours.merge(random, on=keys, suffixes=("", "_random"))
+    beaten = (pairs["delta_ce"] < pairs["delta_ce_random"]) & (
+        pairs["explained_variance"] > pairs["explained_variance_random"]
+    )
+    return [f"{_name(row)}: no better than a random SAE" for row in _rows(pairs[~beaten])]
 
 
 def main() -> int:
