@@ -50,3 +50,4 @@ onsuccess:
 
 onerror:
     name_stopped_steps()
+    paper_of_what_is_there()

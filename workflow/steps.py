@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -86,9 +86,25 @@ def settings(step: str, config: RunConfig) -> str:
 
 
 def sweep_settings(sweep: SweepConfig) -> str:
-    """The grid that a report is about, as canonical JSON; how it was executed left out."""
+    """The grid that a report is about, as JSON; how it was executed left out.
+
+    Models and variants stay in the order of the file, in which tables have them.
+    """
     data = sweep.model_dump(mode="json", exclude={"runtime", "pack"}, exclude_defaults=True)
-    return json.dumps(data, sort_keys=True)
+    return json.dumps(data)
+
+
+def origin(
+    rule: str, configfiles: Sequence[str], overrides: Mapping[str, Any], sweep: SweepConfig
+) -> str:
+    """What a record of provenance says of the workflow (`spalf.report.provenance`), as JSON."""
+    said = {
+        "rule": rule,
+        "configfiles": list(configfiles),
+        "overrides": [f"{key}={json.dumps(value)}" for key, value in overrides.items()],
+        "settings": json.loads(sweep_settings(sweep)),
+    }
+    return json.dumps(said, sort_keys=True)
 
 
 def _with_evaluation_reserve(config: RunConfig) -> RunConfig:

@@ -15,8 +15,8 @@ PARTS = ("Snakefile", "workflow", "config", "paper", "environment.yml", "require
 LINKS = {"profiles": Path("workflow", "profiles"), "slurm": Path("workflow", "profiles", "slurm")}
 """What Snakemake looks for beside the Snakefile, and where it is."""
 
-LEFT_OUT = ("__pycache__", "install_*.sh", "write_schema.py")
-"""Compiled files, and what only the package's own tests need."""
+LEFT_OUT = ("__pycache__", "install_*.sh", "write_*.py")
+"""Compiled files, and what only the package itself needs."""
 
 
 @click.command("init-workflow", epilog="Example: spalf init-workflow my-sweep")

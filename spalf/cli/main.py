@@ -28,6 +28,7 @@ from spalf.cli.options import (
     sweep,
 )
 from spalf.cli.paper import paper
+from spalf.cli.provenance import Recorded, from_workflow, provenance, record
 from spalf.cli.status import status
 from spalf.config import BASELINES, RunConfig, parse
 from spalf.errors import UserError
@@ -51,8 +52,8 @@ EXAMPLES = {
         "spalf baseline --config run.yaml --method batchtopk --calibration run/calibration "
         "--out run/batchtopk"
     ),
-    "evaluate": (
     "random": ("spalf random --config run.yaml --calibration run/calibration --out run/random"),
+    "evaluate": (
         "spalf evaluate --config run.yaml --calibration run/calibration --phase1 run/phase1 "
         "--phase2 run/phase2 --out run/evaluation.json"
     ),
@@ -80,9 +81,9 @@ def spalf() -> None:
     """Sparse autoencoders trained by constrained optimisation, step by step."""
 
 
-def step(name: str) -> Any:
+def step(name: str, cls: type[click.Command] = click.Command) -> Any:
     """Register a command whose help ends with its example."""
-    return spalf.command(name, epilog=f"Example: {EXAMPLES[name]}")
+    return spalf.command(name, cls=cls, epilog=f"Example: {EXAMPLES[name]}")
 
 
 def _start(options: dict[str, Any], defaults: dict[str, Any] | None = None) -> tuple[Any, Any]:
@@ -191,7 +192,6 @@ def baseline(method: str, calibration: Path, out: Path, **options: Any) -> None:
     run(config, method, calibration, out, context)
 
 
-@step("evaluate")
 @step("random")
 @configuration
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
@@ -204,6 +204,7 @@ def random(calibration: Path, out: Path, **options: Any) -> None:
     random_step(config, calibration, out, context)
 
 
+@step("evaluate")
 @configuration
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
 @click.option("--phase1", "first", type=directory, help="Output of phase1.")
@@ -300,40 +301,48 @@ def consistency(
     run(saes, out, set_up(chosen, seed=0))
 
 
-@step("aggregate")
+@step("aggregate", Recorded)
 @sweep
 @click.option("--out", type=directory, required=True, help="Directory of the tables.")
+@from_workflow
 @click.argument("evaluations", nargs=-1, type=existing_file)
-def aggregate(out: Path, evaluations: tuple[Path, ...], results: Path, **given: Any) -> None:
+def aggregate(
+    out: Path, evaluations: tuple[Path, ...], results: Path, workflow: str, **given: Any
+) -> None:
     """Collect a sweep's evaluation.json files, or those named, into frontier.csv and phases.csv."""
     from spalf.report import aggregate as run
     from spalf.report import evaluations_of
 
-    run(evaluations or evaluations_of(read_sweep(**given), results), out)
+    found = evaluations or evaluations_of(read_sweep(**given), results)
+    record(workflow, out, run(found, out), found)
 
 
-@step("tables")
+@step("tables", Recorded)
 @click.option("--out", type=directory, required=True, help="Directory of the tables.")
+@from_workflow
 @click.argument("tables", nargs=-1, required=True, type=existing_file)
-def tables(out: Path, tables: tuple[Path, ...]) -> None:
+def tables(out: Path, tables: tuple[Path, ...], workflow: str) -> None:
     """Write each CSV as Markdown, LaTeX and HTML."""
     from spalf.report import write_tables
 
-    write_tables(tables, out)
+    record(workflow, out, write_tables(tables, out), tables)
 
 
-@step("figures")
+@step("figures", Recorded)
 @sweep
 @click.option("--out", type=directory, required=True, help="Directory of the figures.")
+@from_workflow
 @click.option("--frontier", type=existing_file, required=True, help="frontier.csv")
-def figures(out: Path, frontier: Path, results: Path, **given: Any) -> None:
+def figures(out: Path, frontier: Path, results: Path, workflow: str, **given: Any) -> None:
     """Draw the frontier and, of a sweep, the course of training of each model's cells."""
     from spalf.report import control_figure, metrics_of, pareto_figures
 
     by_model = metrics_of(read_sweep(**given), results) if any(given.values()) else {}
-    pareto_figures(frontier, out)
+    drawn = pareto_figures(frontier, out)
     for model, metrics in by_model.items():
-        control_figure(model, metrics, out)
+        drawn += control_figure(model, metrics, out)
+    read = [frontier, *(path for metrics in by_model.values() for path in metrics)]
+    record(workflow, out, drawn, read)
 
 
 @step("describe")
@@ -356,6 +365,7 @@ spalf.add_command(export)
 spalf.add_command(import_)
 spalf.add_command(init_workflow)
 spalf.add_command(paper)
+spalf.add_command(provenance)
 spalf.add_command(status)
 
 

@@ -118,7 +118,7 @@ def read_sweep(sweep_file: Path | None, settings: str | None) -> SweepConfig:
         raise UserError("--sweep", None, "give either --sweep FILE or --settings JSON")
     if sweep_file is not None:
         return load_sweep(sweep_file)
-    return parse_sweep(_json_object("--settings", settings or ""), "--settings")
+    return parse_sweep(json_object("--settings", settings or ""), "--settings")
 
 
 def read_config(

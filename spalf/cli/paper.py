@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
-from spalf.cli.options import directory, existing_file, read_sweep, sweep
+from spalf.cli.options import directory, existing_file, json_object, read_sweep, sweep
+from spalf.cli.provenance import Recorded, from_workflow, record
 
 
 @click.command(
     "paper",
+    cls=Recorded,
     epilog="Example: spalf paper --sweep config/config.yaml --manuscript paper/manuscript.typ "
     "--out results/paper",
 )
@@ -18,6 +20,7 @@ from spalf.cli.options import directory, existing_file, read_sweep, sweep
 @click.option("--manuscript", type=existing_file, required=True, help="Typst source.")
 @click.option("--partial", is_flag=True, help="Build from what is there; mark what is missing.")
 @click.option("--out", type=directory, required=True, help="Directory to write.")
+@from_workflow
 def paper(
     sweep_file: Path | None,
     settings: str | None,
@@ -25,8 +28,19 @@ def paper(
     manuscript: Path,
     partial: bool,
     out: Path,
+    workflow: str,
 ) -> None:
     """Write numbers, tables, figures and the PDF of a manuscript from a sweep's results."""
     from spalf.report.paper import build_paper
 
-    build_paper(read_sweep(sweep_file, settings), results, manuscript, out, partial=partial)
+    files = json_object("--workflow", workflow).get("configfiles") or [sweep_file or ""]
+    made = build_paper(
+        read_sweep(sweep_file, settings),
+        results,
+        manuscript,
+        out,
+        partial=partial,
+        config=" ".join(map(str, files)),
+    )
+    sources = [sweep_file] if sweep_file else []
+    record(workflow, out, made.outputs, [*made.inputs, *sources])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from spalf.cli.progress import open_progress
+from spalf.cli.revision import commit
 from spalf.cli.stopping import Stopping
 from spalf.config import RuntimeConfig
 from spalf.errors import UserError
@@ -67,23 +66,6 @@ def pick_device(wanted: str) -> torch.device:
             remedy = f"torch sees {count} GPUs here; use --device cpu or auto"
             raise UserError("device", wanted, remedy)
     return device
-
-
-def commit() -> str:
-    """Revision of the source tree the package runs from, or an empty string outside one."""
-    here = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip()
 
 
 def configure_logging(debug: bool) -> None:

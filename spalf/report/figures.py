@@ -15,21 +15,28 @@ from matplotlib.figure import Figure
 from spalf.errors import UserError
 from spalf.report.records import read_frontier, read_metrics
 from spalf.report.style import (
-    METHOD_COLOURS,
-    METHOD_LINES,
-    METHOD_MARKERS,
+    ABREAST,
+    PAGE_WIDTH,
+    by_target,
     house_style,
     label_l0,
+    legend_above,
+    looks,
     octave_axis,
     plain_log_axis,
     save,
-    sequential,
 )
 
 _FRONTIER_ROWS = (
     ("delta_ce", "ΔCE (nats per token)", "log"),
-    ("explained_variance", "explained variance", "linear"),
+    ("explained_variance", "explained variance (share)", "linear"),
 )
+
+MOST_LINES = 14
+"""With more lines than this in the frontier, variants are left to the tables and the manuscript."""
+
+RANDOM = "random"
+"""SAEs that nobody trained: so far from the others that they are left to the tables."""
 
 
 @dataclass(frozen=True)
@@ -46,51 +53,64 @@ class _Panel:
 _NEAR_ZERO = (-1.2, 1.2)
 
 _CONTROL_PANELS = (
-    _Panel("l0", "L0 (active features per token)"),
-    _Panel("explained_variance", "explained variance", (0, 1)),
-    _Panel("dead_fraction", "dead fraction", (0, None)),
-    _Panel("g_faith", "violation, fidelity", _NEAR_ZERO),
-    _Panel("g_drift", "violation, drift", _NEAR_ZERO),
-    _Panel("g_ortho", "violation, orthogonality", _NEAR_ZERO),
-    _Panel("lambda_faith", "multiplier, fidelity", (0, None)),
-    _Panel("lambda_drift", "multiplier, drift", (0, None)),
-    _Panel("lambda_ortho", "multiplier, orthogonality", (0, None)),
+    _Panel("l0", "L0 (features per token)"),
+    _Panel("explained_variance", "expl. variance (share)", (0, 1)),
+    _Panel("dead_fraction", "dead (share)", (0, None)),
+    _Panel("g_faith", "g, fidelity (no unit)", _NEAR_ZERO),
+    _Panel("g_drift", "g, drift (no unit)", _NEAR_ZERO),
+    _Panel("g_ortho", "g, orthogonality (no unit)", _NEAR_ZERO),
+    _Panel("lambda_faith", "λ, fidelity (no unit)", (0, None)),
+    _Panel("lambda_drift", "λ, drift (no unit)", (0, None)),
+    _Panel("lambda_ortho", "λ, orthogonality (no unit)", (0, None)),
 )
 
 
-def pareto_figures(frontier: Path, out_dir: Path, note: str = "") -> list[Path]:
+def pareto_figures(frontier: Path, out_dir: Path) -> list[Path]:
     """Draw ``pareto.pdf`` and ``pareto.png``: ΔCE and explained variance against L0.
 
     One column of panels a model, one line a method or variant, a point per ``L0_target``: the mean
     over seeds, with the standard deviation over seeds as error bars where there are several.
-    ``note`` is printed below the panels, in red: what is missing.
+    Random SAEs are left out, and so are variants where there are more than one can tell apart.
 
     Raises:
         UserError: ``frontier`` is missing or damaged.
     """
     table = read_frontier(frontier)
-    table = table.assign(
-        line=[_line_name(*pair) for pair in zip(table["method"], table["variant"], strict=True)]
-    )
-    looks = {line: _look(index) for index, line in enumerate(dict.fromkeys(_in_order(table)))}
     _require_columns(table, frontier, ["l0", *(row[0] for row in _FRONTIER_ROWS)])
+    return frontier_figure(table, out_dir / "pareto")
+
+
+def frontier_figure(table: pd.DataFrame, stem: Path, note: str = "") -> list[Path]:
+    """`pareto_figures` of a table; ``note`` says below the panels what is missing."""
+    trained = table[table["method"] != RANDOM]
+    table = table if trained.empty else trained
+    if len(table[["method", "variant"]].drop_duplicates()) > MOST_LINES:
+        table = table[table["variant"] == ""]
+    names = [_line_name(*pair) for pair in zip(table["method"], table["variant"], strict=True)]
+    table = table.assign(line=names)
+    styles = looks(_in_order(table))
     models = list(dict.fromkeys(table["model"]))
+    abreast, deep = min(len(models), ABREAST), -(-len(models) // ABREAST)
     with house_style():
-        figure = Figure(figsize=(0.6 + 3.1 * len(models), 5.2), layout="constrained")
-        panels = figure.subplots(2, len(models), sharex="col", sharey="row", squeeze=False)
-        for column, model in enumerate(models):
-            rows = table[table["model"] == model]
-            _frontier_column(list(panels[:, column]), model, rows, looks)
-        for row, (_, label, _) in enumerate(_FRONTIER_ROWS):
-            panels[row, 0].set_ylabel(label)
-        _method_legend(figure, panels[0])
-        if note:
-            figure.supxlabel(note, fontsize=8, color="#B00000")
-        return [save(figure, out_dir / f"pareto{suffix}") for suffix in (".pdf", ".png")]
+        size = (PAGE_WIDTH, 0.3 + 3.9 * deep + 0.17 * -(-len(styles) // 3))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(2 * deep, abreast, sharex="col", sharey="row", squeeze=False)
+        for index, model in enumerate(models):
+            row, column = 2 * (index // ABREAST), index % ABREAST
+            pair = [panels[row, column], panels[row + 1, column]]
+            _frontier_column(pair, model, table[table["model"] == model], styles)
+            if column == 0:
+                for axes, (_, label, _) in zip(pair, _FRONTIER_ROWS, strict=True):
+                    axes.set_ylabel(label)
+        for index in range(len(models), abreast * deep):
+            for row in (2 * (index // ABREAST), 2 * (index // ABREAST) + 1):
+                panels[row, index % ABREAST].set_visible(False)
+        legend_above(figure, panels.flat, 4 if len(styles) < 5 else 3)
+        return save(figure, stem, note)
 
 
-def control_figure(model: str, metrics: Iterable[Path], out_dir: Path) -> Path:
-    """Draw ``control_<model>.png``: what the controller saw and did in every cell of a model.
+def control_figure(model: str, metrics: Iterable[Path], out_dir: Path) -> list[Path]:
+    """Draw ``control_<model>.{pdf,png}``: what the controller saw and did in a model's cells.
 
     L0 with its target, explained variance and dead features; the violation of each constraint;
     and its multiplier, over training tokens. Colour is the cell's ``L0_target``, each seed is a
@@ -107,27 +127,19 @@ def control_figure(model: str, metrics: Iterable[Path], out_dir: Path) -> Path:
     cells = _cells(metrics)
     if not cells:
         raise UserError(f"control.{model}", None, "give the metrics.jsonl of at least one cell")
-    targets = sorted({target for target, _ in cells})
-    colours = dict(zip(targets, sequential(len(targets)), strict=True))
+    colours = by_target(target for target, _ in cells)
     with house_style():
-        figure = Figure(figsize=(10.5, 7.2), layout="constrained")
+        figure = Figure(figsize=(PAGE_WIDTH, 5.6), layout="constrained")
         panels = figure.subplots(3, 3, sharex=True)
         for axes, panel in zip(panels.flat, _CONTROL_PANELS, strict=True):
             _control_panel(axes, panel, cells, colours)
         for axes in panels[-1]:
             axes.set_xlabel("training tokens (millions)")
-        _mark_targets(panels[0, 0], targets, colours)
-        handles = [panels[0, 0].plot([], [], color=colours[t])[0] for t in targets]
-        labels = [f"L0 target {target:g}" for target in targets]
-        figure.legend(
-            handles,
-            labels,
-            title=f"{model} (Phase 2 shaded)",
-            title_fontsize=10,
-            loc="outside upper center",
-            ncols=min(len(targets), 6),
-        )
-        return save(figure, out_dir / f"control_{model}.png")
+        _mark_targets(panels[0, 0], list(colours), colours)
+        for target, colour in colours.items():
+            panels[0, 0].plot([], [], color=colour, label=f"L0 target {target:g}")
+        legend_above(figure, [panels[0, 0]], 6, f"{model} (Phase 2 shaded)")
+        return save(figure, out_dir / f"control_{model}")
 
 
 def _line_name(method: str, variant: str) -> str:
@@ -141,18 +153,18 @@ def _in_order(table: pd.DataFrame) -> list[str]:
 
 
 def _frontier_column(
-    panels: Sequence[Axes], model: str, table: pd.DataFrame, looks: dict[str, dict[str, Any]]
+    panels: Sequence[Axes], model: str, table: pd.DataFrame, styles: dict[str, dict[str, Any]]
 ) -> None:
     panels[0].set_title(model)
-    panels[-1].set_xlabel("L0 (active features per token)")
+    panels[-1].set_xlabel("L0 (features per token)")
     on_target = ((table["l0"] / table["L0_target"] - 1).abs() < 0.2).all()
-    label_l0(panels[-1], sorted(table["L0_target"].unique()) if on_target else [])
     for axes, (column, _, scale) in zip(panels, _FRONTIER_ROWS, strict=True):
+        label_l0(axes, sorted(table["L0_target"].unique()) if on_target else [])
         # A logarithm has no place for a ΔCE of zero or below; such a figure stays linear.
         if scale == "log" and (table[column] > 0).all():
             axes.set_yscale("log")
             plain_log_axis(axes.yaxis)
-        for line, look in looks.items():
+        for line, look in styles.items():
             rows = table[table["line"] == line]
             if not rows.empty:
                 _frontier_line(axes, rows, column, look, line)
@@ -167,26 +179,6 @@ def _frontier_line(
     if (by_target.size() > 1).any():
         bars = {"xerr": spread["l0"], "yerr": spread[column]}
     axes.errorbar(mean["l0"], mean[column], **bars, **look, capsize=2, label=label)
-
-
-def _look(index: int) -> dict[str, Any]:
-    return {
-        "color": METHOD_COLOURS[index % len(METHOD_COLOURS)],
-        "marker": METHOD_MARKERS[index % len(METHOD_MARKERS)],
-        "linestyle": METHOD_LINES[index // len(METHOD_COLOURS) % len(METHOD_LINES)],
-    }
-
-
-def _method_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """A legend only where there is something to tell apart."""
-    found = [axes.get_legend_handles_labels() for axes in panels]
-    entries = {
-        label: h for handles, labels in found for h, label in zip(handles, labels, strict=True)
-    }
-    if len(entries) < 2:
-        return
-    columns = min(len(entries), max(2, 2 * len(panels)))
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
 def _cells(metrics: Iterable[Path]) -> dict[tuple[float, int], pd.DataFrame]:
@@ -211,7 +203,7 @@ def _control_panel(
     cells: dict[tuple[float, int], pd.DataFrame],
     colours: dict[float, Any],
 ) -> None:
-    axes.set_title(panel.label, fontsize=9)
+    axes.set_ylabel(panel.label)
     for (target, _), log in cells.items():
         if panel.column in log:
             values = pd.to_numeric(log[panel.column])

@@ -141,4 +141,4 @@ def _latex(table: pd.DataFrame) -> str:
     styler = _formatted(table).style.format(escape="latex").hide(axis="index")
     styler = styler.format_index(lambda name: COLUMNS[str(name)].latex, axis="columns")
     columns = "".join(side[0] for side in _align(table))
-    return styler.to_latex(hrules=True, column_format=columns)
+    return styler.to_latex(hrules=True, column_format=columns).replace("–", "--")

@@ -16,7 +16,8 @@ import yaml
 pytest.importorskip("sae_lens")
 
 ROOT = Path(__file__).parents[2]
-METHODS = ["spalf", "batchtopk", "topk", "jumprelu"]
+METHODS = ["spalf", "batchtopk", "topk", "jumprelu", "random"]
+BASELINES = METHODS[1:4]
 CONFIG: dict[str, Any] = {
     "models": {"tiny": {"model_name": "spalf/demo-2l", "hook_point": "blocks.1.hook_resid_post"}},
     "dataset": "python-stdlib",
@@ -35,6 +36,7 @@ def test_one_sweep_has_a_row_and_a_curve_for_every_method(tmp_path: Path) -> Non
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
     command += ["--configfile", "config.yaml", "--cores", "2", "--quiet", "all"]
+    command += ["--", "all", "paper"]
     run = subprocess.run(
         command,
         cwd=tmp_path,
@@ -50,12 +52,12 @@ def test_one_sweep_has_a_row_and_a_curve_for_every_method(tmp_path: Path) -> Non
     assert sorted(frontier.index) == sorted(METHODS)
     assert frontier["explained_variance"].between(0, 1).all()
     assert frontier.loc["topk", "l0"] <= 8
-    assert set(frontier.loc[METHODS[1:], "lr"]) <= set(CONFIG["baselines"]["lrs"])
+    assert set(frontier.loc[BASELINES, "lr"]) <= set(CONFIG["baselines"]["lrs"])
     assert frontier.loc["spalf", "lr"] == CONFIG["train"]["lr"]
     assert "k=8" in frontier.loc["batchtopk", "hyperparameters"]
     assert frontier.loc["jumprelu", "lambda_faith"] != frontier.loc["jumprelu", "lambda_faith"]
     phases = pd.read_csv(results / "tables" / "phases.csv")
-    assert sorted(phases["phase"]) == ["phase1", "phase2", "sae", "sae", "sae"]
+    assert sorted(phases["phase"]) == ["phase1", "phase2", *["sae"] * 4]
     # Every method read the same tokens and was measured on the same ones.
     assert frontier["ce_clean"].nunique() == 1
     assert (results / "figures" / "pareto.png").stat().st_size > 10_000
@@ -69,3 +71,30 @@ def test_one_sweep_has_a_row_and_a_curve_for_every_method(tmp_path: Path) -> Non
             "sae_weights.safetensors",
         }
         assert json.loads((cell / "evaluation.json").read_text())["cell"]["method"] in METHODS
+    paper_of(results)
+
+
+def paper_of(results: Path) -> None:
+    """The manuscript of the same sweep, and what is recorded of it."""
+    paper = results / "paper"
+    assert (paper / "paper.pdf").read_bytes().startswith(b"%PDF")
+    numbers = json.loads((paper / "numbers.json").read_text(encoding="utf-8"))
+    assert numbers["counts"]["saes"] == str(len(METHODS)) and not numbers["counts"]["missing"]
+    assert numbers["built"]["config"] == "config.yaml"
+    assert numbers["built"]["device"] == "cpu"
+    settings = (paper / "tables" / "settings.csv").read_text(encoding="utf-8")
+    assert all(method in settings for method in BASELINES)
+    probed = (paper / "tables" / "probing.csv").read_text(encoding="utf-8").splitlines()
+    assert len(probed) == 1 + len(METHODS) + 1
+    command = [sys.executable, "-c", "from spalf.cli.main import main; main()", "provenance"]
+    told = subprocess.run(
+        [*command, "results/paper/figures/pareto.pdf"],
+        cwd=results.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert told.returncode == 0, told.stderr
+    assert "again     snakemake --configfile config.yaml --force -- paper" in told.stdout
+    assert told.stdout.count("unchanged") > 2 * len(METHODS)

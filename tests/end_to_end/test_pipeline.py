@@ -17,10 +17,13 @@ import pytest
 import torch
 import yaml
 
-from spalf.checkpoint import read_checkpoint
+from spalf.checkpoint import fingerprint, identity_digest, read_checkpoint
 from spalf.config import RunConfig, describe, load_run, parse
 from spalf.data import TokenSplits
-from spalf.steps import StepContext
+from spalf.errors import UserError
+from spalf.evaluation import TASKS
+from spalf.report.provenance import provenance_of
+from spalf.steps import StepContext, consistency, evaluate, random_step
 from spalf.steps.pipeline import evaluate_run, train_run
 from spalf.training.state import load_sae
 from tests.helpers_planted import Silent
@@ -248,3 +251,103 @@ def test_i9_i10_a_terminated_phase_resumes_and_ends_like_an_uninterrupted_one(
     one, two = (read_checkpoint(path).metadata["state"] for path in (straight, resumed))
     assert one == two
     shutil.rmtree(tmp_path / "phase1.checkpoints", ignore_errors=True)
+
+
+def test_the_report_probes_features_and_measures_the_dictionary(finished: RunConfig) -> None:
+    report = json.loads((Path(finished.output_dir) / "evaluation.json").read_text())
+    probing = report["probing"]
+    assert probing["n_train"] + probing["n_test"] > 8000  # of 8192 tokens few have no label
+    assert {"in_string", "in_comment", "keyword"} <= probing["tasks"].keys() <= set(TASKS)
+    for task in probing["tasks"].values():
+        assert task["all"]["accuracy"] > 0.55
+        assert all(0 <= task[k]["accuracy"] <= 1 for k in ("k1", "k5"))
+        assert len(task["features"]) == 5
+    decoder = report["decoder"]
+    assert sum(decoder["nearest_histogram"]) == finished.F
+    assert 0 < decoder["nearest_quantiles"]["0.5"] < 1
+    assert report["settings"]["evaluate"]["tokens"] == 8192
+    assert "phase2" in report["inputs"] and "calibration" in report["inputs"]
+
+
+@pytest.fixture(scope="module")
+def random_sae(finished: RunConfig, context: StepContext) -> Path:
+    base = Path(finished.output_dir)
+    random_step(finished, base / "calibration", base / "random", context)
+    return base / "random"
+
+
+def test_training_beats_an_untrained_sae(
+    finished: RunConfig, random_sae: Path, context: StepContext
+) -> None:
+    base = Path(finished.output_dir)
+    out = base / "random.json"
+    evaluate(finished, base / "calibration", {"sae": random_sae}, out, context)
+    random = json.loads(out.read_text())
+    trained = json.loads((base / "evaluation.json").read_text())
+    assert random["cell"]["method"] == "random" and random["final"] == "sae"
+    theirs, ours = random["phases"]["sae"], trained["phases"]["phase2"]
+    assert abs(theirs["l0"] / finished.L0_target - 1) < 0.3
+    assert theirs["dead_fraction"] == 0
+    assert ours["explained_variance"] > theirs["explained_variance"] + 0.1
+    assert ours["delta_ce"] < theirs["delta_ce"]
+    # The first of its directions are orthogonal, the rest are random.
+    assert random["decoder"]["mean_square"] < 1
+
+
+def test_the_same_seed_makes_the_same_untrained_sae(
+    finished: RunConfig, random_sae: Path, context: StepContext, tmp_path: Path
+) -> None:
+    base, weights = Path(finished.output_dir), "sae_weights.safetensors"
+    random_step(finished, base / "calibration", tmp_path / "again", context)
+    assert (tmp_path / "again" / weights).read_bytes() == (random_sae / weights).read_bytes()
+    other = finished.model_copy(update={"seed": 1})
+    random_step(other, base / "calibration", tmp_path / "other", context)
+    assert (tmp_path / "other" / weights).read_bytes() != (random_sae / weights).read_bytes()
+    before = (random_sae / "metadata.json").stat().st_mtime_ns
+    random_step(finished, base / "calibration", random_sae, context)
+    assert (random_sae / "metadata.json").stat().st_mtime_ns == before
+
+
+def test_dictionaries_are_compared_without_their_anchored_columns(
+    finished: RunConfig, random_sae: Path, context: StepContext, tmp_path: Path
+) -> None:
+    base, out = Path(finished.output_dir), tmp_path / "consistency.json"
+    consistency([base / "phase1", base / "phase2", random_sae], out, context)
+    found = json.loads(out.read_text())
+    assert found["features"] == [finished.F - 6, finished.F - 6, finished.F]
+    near, *far = found["pairs"]
+    assert near > 0.99 and max(far) < 0.8
+    assert found["pw_mcc"] == pytest.approx(sum(found["pairs"]) / 3)
+    assert set(found["saes"]) == {
+        *(str(base / phase / "model.safetensors") for phase in ("phase1", "phase2")),
+        str(random_sae / "sae_weights.safetensors"),
+    }
+    with pytest.raises(UserError, match="at least two"):
+        consistency([random_sae], out, context)
+
+
+def test_a_report_of_fewer_parts_is_measured_again(
+    finished: RunConfig, context: StepContext, tmp_path: Path
+) -> None:
+    base, out = Path(finished.output_dir), tmp_path / "evaluation.json"
+    shutil.copyfile(base / "evaluation.json", out)
+    report = json.loads(out.read_text())
+    settings = {k: v for k, v in report["settings"].items() if k != "parts"}
+    before = identity_digest(fingerprint(settings, report["inputs"]))
+    assert before != report["fingerprint"]
+    earlier = {**report, "fingerprint": before}
+    del earlier["probing"]
+    out.write_text(json.dumps(earlier))
+    phases = {"phase1": base / "phase1", "phase2": base / "phase2"}
+    evaluate(finished, base / "calibration", phases, out, context)
+    assert out.read_bytes() == (base / "evaluation.json").read_bytes()
+
+
+def test_files_of_steps_say_where_they_came_from(finished: RunConfig, random_sae: Path) -> None:
+    base = Path(finished.output_dir)
+    for path in (base / "phase2/model.safetensors", base / "evaluation.json", random_sae):
+        file = path / "cfg.json" if path.is_dir() else path
+        found = provenance_of(file)
+        assert found.state == "as made"
+        assert found.versions and "torch" in found.versions
+        assert found.settings and found.settings["L0_target"] == 8.0

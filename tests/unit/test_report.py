@@ -202,7 +202,7 @@ def test_pareto_has_a_line_for_each_method_and_variant(
     with_baselines: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(figures, "save", lambda figure, *_: drawn.append(figure) or [])
     frontier, _ = aggregate(with_baselines, tmp_path)
     pareto_figures(frontier, tmp_path)
     panel = next(axes for axes in drawn[0].axes if axes.get_title() == "wide")
@@ -211,6 +211,26 @@ def test_pareto_has_a_line_for_each_method_and_variant(
     assert len(panel.containers) == 3
     colours = {container.lines[0].get_color() for container in panel.containers}
     assert len(colours) == 3
+
+
+def test_random_saes_and_very_many_variants_are_left_to_the_tables(
+    evaluations: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save", lambda figure, *_: drawn.append(figure) or [])
+    for index in range(figures.MOST_LINES):
+        path = tmp_path / f"variant-{index}.json"
+        evaluations.append(synthetic.write_evaluation(path, "wide", 8, variant=f"v{index}"))
+    path = tmp_path / "random.json"
+    evaluations.append(synthetic.write_evaluation(path, "wide", 8, method="random"))
+    for given in (evaluations[:-1], evaluations[:14] + evaluations[-1:]):
+        pareto_figures(aggregate(given, tmp_path)[0], tmp_path)
+    for figure, expected in zip(
+        drawn, (["spalf"], ["spalf", "spalf, v0", "spalf, v1"]), strict=True
+    ):
+        panel = next(axes for axes in figure.axes if axes.get_title() == "wide")
+        assert panel.get_legend_handles_labels()[1] == expected
+    assert "random" in pd.read_csv(tmp_path / "frontier.csv")["method"].tolist()
 
 
 def test_figures_depend_on_the_data_alone(evaluations: list[Path], tmp_path: Path) -> None:
@@ -249,9 +269,10 @@ def _metrics(root: Path, targets: tuple[int, ...] = (8, 16)) -> list[Path]:
 
 def test_control_figure_is_drawn_and_repeats(tmp_path: Path) -> None:
     logs = _metrics(tmp_path)
-    path = control_figure("demo", logs, tmp_path / "one")
-    assert path.name == "control_demo.png"
-    assert path.read_bytes() == control_figure("demo", logs, tmp_path / "two").read_bytes()
+    one = control_figure("demo", logs, tmp_path / "one")
+    assert [path.name for path in one] == ["control_demo.pdf", "control_demo.png"]
+    two = control_figure("demo", logs, tmp_path / "two")
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
 def test_phase2_span_starts_where_phase1_ended(tmp_path: Path) -> None:

@@ -49,6 +49,16 @@ def test_every_step_ran_once_and_got_its_files(finished_once: Sweep) -> None:
     }
 
 
+def test_tables_and_figures_are_told_what_calls_them(finished_once: Sweep) -> None:
+    """For the record of provenance; it travels in the resources, so it reruns nothing."""
+    calls = {call[0]: call for call in finished_once.calls()}
+    for rule in REPORT:
+        call = calls[rule]
+        said = json.loads(call[call.index("--workflow") + 1])
+        assert (said["rule"], said["configfiles"]) == (rule, ["config.yaml"])
+        assert said["settings"]["grid"]["L0_target"] == [4, 8]
+
+
 def test_logs_and_benchmarks_lie_beside_the_cell(finished_once: Sweep) -> None:
     cell = finished_once.directory / "results/tiny/L0_4/seed_0"
     for step in CELL_STEPS:

@@ -3,6 +3,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,13 +39,13 @@ if workflow.is_main_process and not workflow.dryrun:
     lock.explain(Path(".snakemake"))
 SWEEP = read_sweep()
 LAUNCH = Path(steps.__file__).with_name("scripts") / "launch.py"
-MANUSCRIPT = Path(steps.__file__).parents[1] / "paper" / "manuscript.typ"
+MANUSCRIPT = os.path.relpath(Path(steps.__file__).parents[1] / "paper/manuscript.typ")
 CALIBRATION = "results/{model}/calibration"
 CELL = "results/{model}/L0_{L0}/seed_{seed}"
 PACK = "results/{model}/pack.json"
 BASELINE = "results/{model}/{method}/L0_{L0}/seed_{seed}"
-IMPORT = "results/{model}/imported/{name}"
 CONSISTENCY = "results/{series}/L0_{L0}/consistency.json"
+IMPORT = "results/{model}/imported/{name}"
 PARAMETERS = ("model", "tensors")
 STATE = ("model", "tensors", "control", "optimizer")
 TOKENS = ("train.npy", "calibration.npy", "evaluation.npy", "tokens.json")
@@ -113,10 +114,10 @@ def run_config(wildcards):
         return first_config(wildcards.model)
     if wildcards.get("name"):
         return imported_config(wildcards)
-    key = (series_of(wildcards), wildcards.L0, wildcards.seed)
     if wildcards.get("series"):
         at = (wildcards.series, wildcards.L0)
         return next(run for (*place, _), run in CONFIGS.items() if tuple(place) == at)
+    key = (series_of(wildcards), wildcards.L0, wildcards.seed)
     if key not in CONFIGS:
         raise WorkflowError(
             f"L0_{key[1]}/seed_{key[2]} of {key[0]} is not in the grid; add it"
@@ -137,9 +138,9 @@ def imported_config(wildcards):
 
 def series_of(wildcards):
     """``model``, ``model/variant`` or ``model/baseline``."""
-    method = wildcards.get("method")
     if wildcards.get("series"):
         return wildcards.series
+    method = wildcards.get("method")
     return f"{wildcards.model}/{method}" if method else wildcards.model
 
 
@@ -277,7 +278,16 @@ def of_cells(path, cells=CELLS):
     return [path.format(**cell) for cell in cells]
 
 
-def finished_cells():
+def origin(name):
+    """What a record of provenance says of this workflow, as JSON; it reruns nothing."""
+    return lambda wildcards: steps.origin(
+        name,
+        [os.path.relpath(path) for path in workflow.configfiles],
+        workflow.config_settings.config,
+        SWEEP,
+    )
+
+
 def of_seeds(*names):
     """Files of the final SAE of each seed of a series at an L0; ``names`` of SPALF, then of others."""
 
@@ -301,6 +311,7 @@ def compared():
     return list(dict.fromkeys(places)) if len(SWEEP.grid.seed) > 1 else []
 
 
+def finished_cells():
     """Evaluations that are there, and when each was written: a new one makes the paper anew."""
     paths = of_cells(f"{CELL}/evaluation.json", EVALUATED)
     paths += of_cells(f"{IMPORT}/evaluation.json", IMPORTED)
@@ -344,6 +355,44 @@ def prune(working):
 def note_holder():
     """Write down who holds the lock, for the message of whoever finds it."""
     lock.note_holder(Path(".snakemake"))
+
+
+def paper_of_what_is_there():
+    """Where the manuscript was asked for and steps failed: the one of the results that are there.
+
+    Only with ``--keep-going``, which is how one asks for all that can be had.
+    """
+    asked = {"paper", "results/paper/paper.pdf"} & set(workflow.dag_settings.targets)
+    is_main = workflow.modifier.is_main_snakefile()
+    if not (asked and workflow.execution_settings.keep_going and is_main):
+        return
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        workflow.main_snakefile,
+    ]
+    command += ["--nolock", "--quiet", "all", "--cores", "1"]
+    overrides = workflow.config_settings.config
+    if workflow.overwrite_configfiles:
+        command += ["--configfile", *map(str, workflow.overwrite_configfiles)]
+    if overrides:
+        command += [
+            "--config",
+            *(f"{key}={json.dumps(value)}" for key, value in overrides.items()),
+        ]
+    made = (
+        subprocess.run([*command, "--", "paper_partial"], check=False).returncode == 0
+    )
+    sys.stderr.write(
+        "\nSteps failed, so there is no results/paper/paper.pdf. "
+        + (
+            "What is there makes results/paper_partial/paper.pdf, which lists what is missing.\n"
+            if made
+            else "Nor could one be made of what is there; see results/paper_partial/logs.\n"
+        )
+    )
 
 
 def name_stopped_steps():

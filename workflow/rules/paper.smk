@@ -6,8 +6,10 @@ rule paper:
         rules.aggregate.input,
         of_cells(f"{CELL}/phase1/metrics.jsonl", PLAIN),
         of_cells(f"{CELL}/phase2/metrics.jsonl", PLAIN),
-        manuscript=str(MANUSCRIPT),
+        compared(),
+        manuscript=MANUSCRIPT,
     output:
+        provenance="results/paper/provenance/paper.json",
         numbers="results/paper/numbers.json",
         pdf="results/paper/paper.pdf",
     log:
@@ -20,6 +22,7 @@ rule paper:
     resources:
         mem_mb=2000,
         runtime=20,
+        origin=origin("paper"),
     params:
         revision=steps.REVISIONS["paper"],
         settings=grid,
@@ -28,14 +31,15 @@ rule paper:
         "Numbers, tables, figures and the manuscript"
     shell:
         "spalf paper --settings {params.settings:q} --manuscript {input.manuscript:q}"
-        " --out {params.out:q} > {log:q} 2>&1"
+        " --workflow {resources.origin:q} --out {params.out:q} > {log:q} 2>&1"
 
 
 # Its cells are no inputs, so nothing is trained for it.
 rule paper_partial:
     input:
-        manuscript=str(MANUSCRIPT),
+        manuscript=MANUSCRIPT,
     output:
+        provenance="results/paper_partial/provenance/paper.json",
         numbers="results/paper_partial/numbers.json",
         pdf="results/paper_partial/paper.pdf",
     log:
@@ -48,6 +52,7 @@ rule paper_partial:
     resources:
         mem_mb=2000,
         runtime=20,
+        origin=origin("paper_partial"),
     params:
         revision=steps.REVISIONS["paper"],
         found=finished_cells(),
@@ -57,4 +62,4 @@ rule paper_partial:
         "The manuscript from the cells that are there"
     shell:
         "spalf paper --partial --settings {params.settings:q} --manuscript {input.manuscript:q}"
-        " --out {params.out:q} > {log:q} 2>&1"
+        " --workflow {resources.origin:q} --out {params.out:q} > {log:q} 2>&1"

@@ -9,6 +9,7 @@ rule aggregate:
     output:
         frontier="results/tables/frontier.csv",
         phases="results/tables/phases.csv",
+        provenance="results/tables/provenance/aggregate.json",
     log:
         "results/tables/logs/aggregate.log",
     benchmark:
@@ -19,6 +20,7 @@ rule aggregate:
     resources:
         mem_mb=1000,
         runtime=10,
+        origin=origin("aggregate"),
     params:
         revision=steps.REVISIONS["aggregate"],
         settings=grid,
@@ -26,12 +28,13 @@ rule aggregate:
     message:
         "Collecting every cell's evaluation"
     shell:
-        "spalf aggregate --settings {params.settings:q} --out {params.out:q} > {log:q} 2>&1"
+        "spalf aggregate --settings {params.settings:q} --out {params.out:q}"
+        " --workflow {resources.origin:q} > {log:q} 2>&1"
 
 
 rule tables:
     input:
-        rules.aggregate.output,
+        csv=[rules.aggregate.output.frontier, rules.aggregate.output.phases],
     output:
         report(
             "results/tables/frontier.html",
@@ -47,6 +50,7 @@ rule tables:
         ),
         expand("results/tables/{name}.md", name=("frontier", "phases")),
         "results/tables/phases.tex",
+        "results/tables/provenance/tables.json",
         frontier="results/tables/frontier.tex",
     log:
         "results/tables/logs/tables.log",
@@ -58,13 +62,14 @@ rule tables:
     resources:
         mem_mb=1000,
         runtime=10,
+        origin=origin("tables"),
     params:
         revision=steps.REVISIONS["tables"],
         out=subpath(output.frontier, parent=True),
     message:
         "Writing the tables as Markdown, LaTeX and HTML"
     shell:
-        "spalf tables --out {params.out:q} {input:q} > {log:q} 2>&1"
+        "spalf tables --out {params.out:q} --workflow {resources.origin:q} {input.csv:q} > {log:q} 2>&1"
 
 
 rule figures:
@@ -88,6 +93,11 @@ rule figures:
             )
             for model in dict.fromkeys(cell["model"] for cell in PLAIN)
         ],
+        expand(
+            "results/figures/control_{model}.pdf",
+            model=dict.fromkeys(cell["model"] for cell in PLAIN),
+        ),
+        "results/figures/provenance/figures.json",
         pdf="results/figures/pareto.pdf",
     log:
         "results/figures/logs/figures.log",
@@ -99,6 +109,7 @@ rule figures:
     resources:
         mem_mb=1500,
         runtime=10,
+        origin=origin("figures"),
     params:
         revision=steps.REVISIONS["figures"],
         settings=grid,
@@ -107,4 +118,4 @@ rule figures:
         "Drawing the frontier and the course of training"
     shell:
         "spalf figures --settings {params.settings:q} --frontier {input.frontier:q}"
-        " --out {params.out:q} > {log:q} 2>&1"
+        " --workflow {resources.origin:q} --out {params.out:q} > {log:q} 2>&1"
