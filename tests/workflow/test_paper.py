@@ -147,6 +147,14 @@ def test_every_figure_and_table_is_used_by_the_manuscript(built: dict[str, bytes
     assert shown == made | set(json.loads(built["numbers.json"])["figures"])
 
 
+def test_every_figure_says_what_its_error_bars_are() -> None:
+    text = MANUSCRIPT.read_text(encoding="utf-8")
+    captions = re.findall(r'#drawn\("\w+"\)\[(.*?)\]\n', text, flags=re.DOTALL)
+    assert len(captions) == len(re.findall(r"#drawn\(", text))
+    for caption in captions:
+        assert "error bars" in caption.lower() or "#seed-bars" in caption, caption
+
+
 def test_no_result_is_typed_into_the_manuscript() -> None:
     """No number with a decimal point, but in lengths, identifiers of papers, and definitions."""
     text = MANUSCRIPT.read_text(encoding="utf-8")
@@ -306,7 +314,7 @@ def test_a_damaged_comparison_of_seeds_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["bench", "paper", "ablations"])
+@pytest.mark.parametrize("name", ["config", "bench", "paper", "ablations"])
 def test_it_is_built_from_the_shipped_grids(name: str, tmp_path: Path) -> None:
     sweep = load_sweep(ROOT / "config" / f"{name}.yaml")
     synthetic.write_sweep(tmp_path / "results", sweep)

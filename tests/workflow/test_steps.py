@@ -14,7 +14,7 @@ from spalf.report import aggregate
 from tests.workflow import synthetic
 from tests.workflow.conftest import ROOT
 from workflow import resources, steps
-from workflow.scripts.check_frontier import faults
+from workflow.scripts.check_frontier import faults, lost_to_chance
 from workflow.scripts.write_schema import SCHEMA, schema_text
 
 CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
@@ -171,6 +171,14 @@ def test_check_wants_training_to_beat_chance(tmp_path: Path) -> None:
     frontier.loc[frontier.method == "random", "explained_variance"] = 0.99
     (fault,) = faults(frontier, phases)
     assert "no better than a random SAE" in fault
+
+
+def test_check_wants_every_measure_of_the_manuscript_to_beat_chance() -> None:
+    won = {"won": "3", "total": "3", "lost": []}
+    assert lost_to_chance({"sanity": won}) == []
+    (fault,) = lost_to_chance({"sanity": {**won, "won": "2", "lost": ["m/L0_8/seed_0: KL"]}})
+    assert fault == "m/L0_8/seed_0: KL: no better than a random SAE"
+    assert lost_to_chance({"sanity": {"won": "0", "total": "0", "lost": []}})
 
 
 def test_check_wants_phase2_to_help(tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:

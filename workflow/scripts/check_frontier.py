@@ -6,8 +6,10 @@ Example: python -m workflow.scripts.check_frontier results/tables --cells 6
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -86,14 +88,25 @@ def _no_better_than_chance(ours: pd.DataFrame, everything: pd.DataFrame) -> list
     return [f"{_name(row)}: no better than a random SAE" for row in _rows(pairs[~beaten])]
 
 
+def lost_to_chance(numbers: dict[str, Any]) -> list[str]:
+    """Every measure of the manuscript in which a trained SAE does not beat a random one."""
+    sanity = numbers["sanity"]
+    if sanity["total"] == "0":
+        return ["numbers.json has no comparison with random SAEs"]
+    return [f"{lost}: no better than a random SAE" for lost in sanity["lost"]]
+
+
 def main() -> int:
     """Report every fault; the exit status is 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("tables", type=Path, help="directory with frontier.csv and phases.csv")
     parser.add_argument("--cells", type=int, required=True, help="rows the frontier must have")
+    parser.add_argument("--numbers", type=Path, help="numbers.json of the manuscript, if made")
     arguments = parser.parse_args()
     frontier = pd.read_csv(arguments.tables / "frontier.csv")
     found = faults(frontier, pd.read_csv(arguments.tables / "phases.csv"))
+    if arguments.numbers:
+        found += lost_to_chance(json.loads(arguments.numbers.read_text(encoding="utf-8")))
     if len(frontier) != arguments.cells:
         found.append(f"frontier.csv has {len(frontier)} rows, not {arguments.cells}")
     sys.stderr.writelines(f"{fault}\n" for fault in found)

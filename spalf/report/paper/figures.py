@@ -163,12 +163,14 @@ def elasticity_figure(table: pd.DataFrame, stem: Path, note: str) -> list[Path]:
     models = list(dict.fromkeys(shown["model"]))
     colours = by_target(shown["L0_target"])
     top = 1.1 * float(shown[["slope", "lambda_faith"]].to_numpy(float).max(initial=0.1))
+    # Where the frontier is not monotone, as after a run that is too short, a slope is negative.
+    low = 1.1 * float(shown["slope"].to_numpy(float).min(initial=0))
 
     def draw(axes: Axes, model: str) -> None:
         rows = shown[shown["model"] == model]
         axes.plot([0, top], [0, top], color="black", linewidth=0.8)
-        axes.set_xlim(0, top)
-        axes.set_ylim(0, top)
+        axes.set_xlim(low, top)
+        axes.set_ylim(-0.04 * top, top)  # a multiplier of zero must be seen
         for target, colour in colours.items():
             own = rows[rows["L0_target"] == target]
             label = f"L0 target {target:g}"
@@ -275,7 +277,7 @@ def variants_figure(
     written = []
     for index, some in enumerate(chunked(models)):
         with house_style():
-            size = (PAGE_WIDTH, 1.1 + 0.19 * len(names))
+            size = (PAGE_WIDTH, max(1.9, 1.1 + 0.19 * len(names)))
             figure = Figure(figsize=size, layout="constrained")
             panels = figure.subplots(1, len(some), sharey=True, squeeze=False)[0]
             for axes, model in zip(panels, some, strict=True):
