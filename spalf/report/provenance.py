@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spalf.errors import UserError
+from spalf.report.files import replacing
 
 FOLDER = "provenance"
 PACKAGES = ("spalf", "numpy", "pandas", "matplotlib", "typst", "snakemake")
@@ -68,11 +69,9 @@ def write_record(
         },
     }
     path = folder / FOLDER / f"{origin.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
     text = json.dumps(record, indent=1, ensure_ascii=False)
-    temporary.write_text(f"{text}\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
     return path
 
 

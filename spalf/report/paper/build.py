@@ -14,6 +14,7 @@ import pandas as pd
 from spalf.config import SweepConfig
 from spalf.errors import UserError
 from spalf.report.aggregate import aggregate
+from spalf.report.files import replacing
 from spalf.report.paper import comparisons, figures, numbers, tables
 from spalf.report.paper.comparisons import Change, Consistency
 from spalf.report.paper.page import results_page
@@ -126,10 +127,12 @@ def build_paper(
         "figures": _draw(read, compared, found, out / "figures"),
     }
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    (out / "numbers.json").write_text(text + "\n", encoding="utf-8")
+    with replacing(out / "numbers.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
     shutil.copyfile(manuscript, out / MANUSCRIPT)
     pdf = compile_manuscript(out)
-    (out / PAGE).write_text(results_page(out, "figures"), encoding="utf-8")
+    with replacing(out / PAGE) as temporary:
+        temporary.write_text(results_page(out, "figures"), encoding="utf-8")
     outputs = [out / "numbers.json", out / MANUSCRIPT, out / PAGE, pdf]
     outputs += [path for part in ("tables", "figures") for path in _files(out / part)]
     return Paper(pdf, outputs, [manuscript, *read.inputs])
@@ -150,9 +153,8 @@ def compile_manuscript(folder: Path) -> Path:
         )
     except typst.TypstError as error:
         raise UserError(str(source), None, f"Typst cannot compile it: {error}") from None
-    temporary = pdf.with_name(f".{pdf.name}")
-    temporary.write_bytes(made)
-    temporary.replace(pdf)
+    with replacing(pdf) as temporary:
+        temporary.write_bytes(made)
     return pdf
 
 
