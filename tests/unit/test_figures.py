@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from spalf.config import load_sweep
-from spalf.report import aggregate, control_figure, pareto_figures, style
+from spalf.report import aggregate, control_figure, files, pareto_figures, style
 from spalf.report.paper import build
 from spalf.report.paper.comparisons import changes, ratios
 from tests.workflow import synthetic
@@ -52,12 +53,18 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drawn]:
     (folder / "a/topk/L0_8/seed_1/evaluation.json").unlink()
     found: Drawn = {}
 
-    def keep(figure: Figure, path: Path, **_: Any) -> None:
-        found[f"{path.parent.name}/{path.name.split('.')[1]}"] = figure
-        path.touch()
+    latest: list[Figure] = []
+
+    def keep(figure: Figure, *_: Any, **__: Any) -> None:
+        latest[:] = [figure]
+
+    def replacing(path: Path) -> AbstractContextManager[Path]:
+        found[f"{path.parent.name}/{path.name.split('.')[0]}"] = latest[0]
+        return files.replacing(path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", keep)
+        patch.setattr(style, "replacing", replacing)
         read = build._read(sweep, folder, partial=True)
         build._draw(read, ratios(read.table), changes(sweep), folder / "paper")
         frontier, _ = aggregate(sorted(folder.rglob("evaluation.json")), folder)

@@ -60,9 +60,7 @@ def make() -> None:
     call("aggregate", "--out", "results/tables", "--workflow", said("aggregate"), *EVALUATIONS)
     tables = ["results/tables/frontier.csv", "results/tables/phases.csv"]
     call("tables", "--out", "results/tables", *tables)
-    logs = [f"results/{place}/phase{n}/metrics.jsonl" for place in CELLS for n in (1, 2)]
-    control = [word for log in logs for word in ("--control", f"tiny={log}")]
-    drawn = ["--frontier", tables[0], *control]
+    drawn = ["--frontier", tables[0], "--settings", steps.sweep_settings(SWEEP)]
     call("figures", "--out", "results/figures", f"--workflow={said('figures')}", *drawn)
 
 

@@ -249,6 +249,8 @@ def probing_figure(table: pd.DataFrame, stem: Path, note: str) -> list[Path]:
                 offset = 0.5 * ((index + 0.5) / len(styles) - 0.5)
                 x = np.arange(len(names)) + offset
                 low, high = rows.mean() - rows.min(), rows.max() - rows.mean()
+                # Of equal values the mean may be a rounding below the least.
+                low, high = low.clip(lower=0), high.clip(lower=0)
                 style = {**look, "linestyle": "none"}
                 axes.errorbar(x, rows.mean(), yerr=[low, high], **style, capsize=2, label=line)
         dense = [f"probe_all_{question}" for question in QUESTIONS]
