@@ -256,7 +256,8 @@ def test_i9_i10_a_terminated_phase_resumes_and_ends_like_an_uninterrupted_one(
 def test_the_report_probes_features_and_measures_the_dictionary(finished: RunConfig) -> None:
     report = json.loads((Path(finished.output_dir) / "evaluation.json").read_text())
     probing = report["probing"]
-    assert probing["n_train"] + probing["n_test"] > 4000  # a document that is cut off, here a long one, has no labels
+    # A document that is cut off, here a long one, has no labels.
+    assert probing["n_train"] + probing["n_test"] > 4000
     assert {"in_string", "in_comment", "keyword"} <= probing["tasks"].keys() <= set(TASKS)
     for task in probing["tasks"].values():
         assert task["all"]["accuracy"] > 0.55
