@@ -3,7 +3,7 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 BENCH_LM := results/bench/lm-6l
-APART := $(CURDIR)/.venv/apart
+APART := .venv/apart
 LOCK_STAMP := .venv/.installed-lock
 CODE_STAMP := .venv/.installed-package
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -44,7 +44,7 @@ $(APART)/.installed: tests/dictionary-learning.txt | install
 	    --target $(APART) -r $< && cp $< $@
 
 test: install $(APART)/.installed
-	@PYTHONPATH=$(APART) python -m pytest --numprocesses 2 -m "not faults" --ignore tests/slurm --ignore tests/browser
+	@PYTHONPATH="$(CURDIR)/$(APART)" python -m pytest --numprocesses 2 -m "not faults" --ignore tests/slurm --ignore tests/browser
 
 # A Slurm on the loopback interface; skipped, with the reason, where that is not possible.
 test-slurm: install
