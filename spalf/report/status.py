@@ -16,7 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-OUTCOMES = {"evaluate": "evaluation.json", "dashboard": "dashboard.html"}
+OUTCOMES = {
+    "random": "baseline/metadata.json",
+    "evaluate": "evaluation.json",
+    "dashboard": "dashboard.html",
+}
 """What a step leaves behind when it is done, where that is not ``<step>/metadata.json``."""
 CELL_STEPS = ("init", "phase1", "phase2", "baseline", "random", "evaluate", "dashboard")
 SLURM_LOGS = Path("logs", "slurm")

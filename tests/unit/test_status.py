@@ -149,3 +149,14 @@ def test_imported_saes_and_pages_are_named_too(results: Path) -> None:
     write_evaluation(imported / "evaluation.json", "tiny", 4.0)
     assert table(results)["tiny L0_4 seed_0"].startswith("done 4.04")
     assert table(results)["tiny imported theirs"].startswith("done 4.04")
+
+
+def test_random_saes_are_done_where_baselines_would_be(results: Path) -> None:
+    cell = results / "tiny" / "random" / "L0_4" / "seed_0"
+    write(cell / "logs" / "random.log", PLACE)
+    assert table(results)["tiny random L0_4 seed_0"].startswith("stopped random")
+    write(cell / "baseline" / "metadata.json", "{}")
+    assert table(results)["tiny random L0_4 seed_0"].startswith("waiting after random")
+    write_evaluation(cell / "evaluation.json", "tiny", 4.0)
+    write(cell / "logs" / "evaluate.log", PLACE)
+    assert table(results)["tiny random L0_4 seed_0"].startswith("done")
