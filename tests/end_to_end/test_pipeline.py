@@ -117,8 +117,9 @@ def test_the_report_has_every_metric_of_both_phases(finished: RunConfig) -> None
         assert metrics["tokens"] == 8192
         assert 0 < metrics["ce_clean"] < metrics["ce_sae"] < metrics["ce_zero"]
         assert 0.2 < metrics["explained_variance"] < 1
-        # 128 sequences of a few files: their L0 is not quite that of the training split.
-        assert abs(metrics["l0"] / finished.L0_target - 1) < 0.3
+        # Training saw some twenty files of this machine's library, which differ from others by
+        # up to 40 %; on training tokens L0 is exact (tests/unit/test_training_phases.py).
+        assert 0.5 < metrics["l0"] / finished.L0_target < 1.5
     assert report["phases"]["phase2"]["train_tokens"] == 153_600
     assert (
         report["cell"].items()
