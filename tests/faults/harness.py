@@ -67,7 +67,9 @@ class Child:
                 os.waitpid(self.pid, 0)
                 raise AssertionError(f"did not end in {timeout} s: {self.errors.read_text()}")
             time.sleep(0.005)
-        return Outcome(os.waitstatus_to_exitcode(raw), self.errors.read_text(errors="replace"))
+        # One that was killed before it could say anything has no file.
+        said = self.errors.read_text(errors="replace") if self.errors.exists() else ""
+        return Outcome(os.waitstatus_to_exitcode(raw), said)
 
 
 def start(
