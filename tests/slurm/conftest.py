@@ -25,6 +25,7 @@ from tests.slurm.cluster import PATIENCE, Cluster, Job, missing, wait_until
 
 ROOT = Path(__file__).parents[2]
 SHORTER: dict[str, Any] = {
+    "methods": ["spalf"],
     "grid": {"L0_target": [4], "seed": [0]},
     "train": {"F": 64, "lr": 0.004, "total_tokens": 786432, "batch_size": 512, "seq_len": 64},
     "evaluate": {"tokens": 8192, "sweep_tokens": 2048, "absorption": False},

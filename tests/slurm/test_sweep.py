@@ -70,9 +70,9 @@ def asked_for(
 
 def memory(job: Job) -> int:
     """Megabytes that a job asked for."""
-    found = re.search(r"mem=(\d+)M", job.tres)
+    found = re.search(r"mem=([\d.]+)([MG])", job.tres)
     assert found, job.tres
-    return int(found[1])
+    return round(float(found[1]) * {"M": 1, "G": 1024}[found[2]])
 
 
 def assert_same_cell(clone: Clone, reference: Clone) -> None:
