@@ -60,7 +60,11 @@ class ActivationStore:
 
     def _read(self, start: int, count: int) -> Tensor:
         self.before_pass()
-        return self.stream.sequences(start, count, seed=ORDER).to(self.model.device)
+        tokens = self.stream.sequences(start, count, seed=ORDER)
+        if self.model.device.type == "cuda":
+            # From pinned memory the host need not wait until the pass before this one is done.
+            tokens = tokens.pin_memory()
+        return tokens.to(self.model.device, non_blocking=True)
 
     def sequences(self, start: int, count: int) -> Tensor:
         """Token sequences in training order, int64 ``[count, seq_len]``, on the model's device."""

@@ -73,13 +73,15 @@ def measurements(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     yield from _end_to_end(PYTHIA_410M, LM_SHAPE, device, steps=128)
     for axis, shapes in SCALING.items():
         for shape in shapes[:2] if quick else shapes:
-            yield _record("spalf", axis, shape, _spalf(shape, device, 300))
+            yield _record(
+                "spalf", axis, shape, _spalf(shape, device, SETTLING_STEPS if not quick else 300)
+            )
             timing = saelens_step("jumprelu", shape, device, autocast=True, steps=20, repeats=3)
             yield _record("saelens jumprelu autocast", axis, shape, timing)
 
 
 def _cpu(device: torch.device) -> Iterator[dict[str, Any]]:
-    timing = spalf_step(CPU_SHAPE, device, steps=40, repeats=5, settle=200)
+    timing = spalf_step(CPU_SHAPE, device, steps=40, repeats=5, settle=700)
     yield _record("spalf", "cpu", CPU_SHAPE, timing)
     for method in ("jumprelu", "batchtopk", "topk"):
         timing = saelens_step(method, CPU_SHAPE, device, autocast=False, steps=40, repeats=5)

@@ -10,11 +10,15 @@ import torch
 
 from spalf.baselines.recipes import Shape as BaselineShape
 from spalf.baselines.recipes import build, hyperparameters
-from spalf.bench.problem import Pool, Shape, config_for, run_on, train
+from spalf.bench.problem import Pool, Shape, config_for, hold_at_target, run_on, steady
 from spalf.bench.timing import steps_ms
 
 SETTLING_STEPS = 1500
-"""Steps before SPALF's are timed, so that L0 is the target and densities are those of training."""
+"""Steps before SPALF's are timed, so that some features are common and others rare."""
+
+
+LR = 2e-3
+"""Learning rate of SPALF until then."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,17 @@ def spalf_step(
 ) -> Timing:
     """Time SPALF's real loop; ``options`` are runtime settings."""
     pool = Pool(shape, device)
-    config = config_for(shape, **options)
+    config = config_for(shape, lr=LR, **options)
     state, phase = run_on(config, pool)
-    train(state, phase, config, settle)
+    steady(state, phase, config)(settle)
+    run = hold_at_target(state, phase, config, pool)
+    run(max(10, steps // 4))
     base = _start_counting(device, pool)
-    ms = steps_ms(lambda n: train(state, phase, config, n), steps, repeats, device)
-    rows = train(state, phase, config, 20)
-    return Timing(ms, _peak(device, base), sum(row["l0"] for row in rows) / len(rows))
+    ms = steps_ms(run, steps, repeats, device)
+    peak = _peak(device, base)
+    with torch.no_grad():
+        l0 = float(state.sae(pool.x[: shape.batch], shape.L0).l0.mean())
+    return Timing(ms, peak, l0)
 
 
 def saelens_step(

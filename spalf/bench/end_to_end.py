@@ -17,7 +17,7 @@ from torch import Tensor
 from spalf.activations import ActivationStore
 from spalf.baselines.recipes import Shape as BaselineShape
 from spalf.baselines.recipes import hyperparameters
-from spalf.bench.problem import Shape, config_for, quiet, state_at_target
+from spalf.bench.problem import STANDSTILL, Shape, config_for, quiet, state_at_target
 from spalf.bench.timing import clock
 from spalf.data import SequenceStream
 from spalf.models.huggingface import HuggingFaceModel
@@ -116,8 +116,8 @@ def _targets(shape: Shape, cells: int) -> list[float]:
 
 
 def _run(shape: Shape, store: ActivationStore, sample: Tensor, l0: float, chunk: int) -> PhaseRun:
-    """A run past the ramp of its L0, whose blocks are ``chunk`` batches long."""
-    config = config_for(replace(shape, L0=l0))
+    """A run at its L0, which stays there, and whose blocks are ``chunk`` batches long."""
+    config = config_for(replace(shape, L0=l0), lr=STANDSTILL)
     state = state_at_target(config, sample)
     block_tokens = chunk * shape.batch
 

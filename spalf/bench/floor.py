@@ -16,12 +16,16 @@ def ceilings(shape: Shape, device: torch.device) -> dict[str, float]:
     float32) and of writing both gradients and reading the pre-activations once, at the speed of a
     copy. Nothing that a sparse step has to do beyond that is counted.
 
+    What it has to do is ``entries_ms``: a row of bfloat16 for each active entry, read at the speed
+    of a copy once for decoding, once for the gradient of its code, and once for each of the two
+    gradients of weights. A cache may be faster than that.
+
     Args:
         shape: of the step.
         device: a GPU.
 
     Returns:
-        ``product_ms``, ``copy_bytes_per_s`` and ``floor_ms``.
+        ``product_ms``, ``copy_bytes_per_s``, ``floor_ms`` and ``entries_ms``.
     """
     x = torch.randn(shape.batch, shape.d_model, device=device, dtype=torch.bfloat16)
     w = torch.randn(shape.F, shape.d_model, device=device, dtype=torch.bfloat16)
@@ -35,4 +39,5 @@ def ceilings(shape: Shape, device: torch.device) -> dict[str, float]:
         "product_ms": product,
         "copy_bytes_per_s": speed,
         "floor_ms": product + traffic / speed * 1e3,
+        "entries_ms": 4 * shape.batch * shape.L0 * shape.d_model * 2 / speed * 1e3,
     }

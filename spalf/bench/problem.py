@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 from spalf.config import RunConfig, schedule
 from spalf.controller import initial_state
 from spalf.sae import StratifiedSAE, initialise
-from spalf.training.loop import Hooks, run_phase
+from spalf.training.loop import Hooks, PhaseRun, run_phase
 from spalf.training.phase import Phase, phase_one
 from spalf.training.state import TrainState, make_optimizer
+from spalf.training.trim import threshold_factor, trim_thresholds
 from spalf.whitening import RunningCovariance, SoftZCA
 
 POOL_BATCHES = 16
@@ -22,6 +23,10 @@ POOL_BATCHES = 16
 
 PLANTED_ACTIVE = 48
 """Planted directions in each activation."""
+
+
+STANDSTILL = 1e-12
+"""Learning rate at which nothing moves any more."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,9 @@ class Pool:
             start_step += 1
 
 
-def config_for(shape: Shape, precision: str = "auto", kernel: str = "auto") -> RunConfig:
+def config_for(
+    shape: Shape, precision: str = "auto", kernel: str = "auto", lr: float = 3e-4
+) -> RunConfig:
     """The configuration of a long run at ``shape``."""
     return RunConfig.model_validate(
         {
@@ -90,7 +97,7 @@ def config_for(shape: Shape, precision: str = "auto", kernel: str = "auto") -> R
             "output_dir": "unused",
             "F": shape.F,
             "L0_target": float(shape.L0),
-            "lr": 3e-4,
+            "lr": lr,
             "total_tokens": 20_000 * shape.batch,
             "batch_size": shape.batch,
             "seq_len": 128,
@@ -147,6 +154,36 @@ def train(state: TrainState, phase: Phase, config: RunConfig, steps: int) -> lis
     short = replace(phase, last_step=state.step + steps, may_converge=False)
     run_phase(state, short, config, quiet(rows))
     return rows
+
+
+def steady(state: TrainState, phase: Phase, config: RunConfig) -> Callable[[int], None]:
+    """What trains so many steps more of one and the same run, and does not begin anew each time.
+
+    A run compiles its kernels and records its graph once in thousands of steps; timed over some
+    fifty, that must not be done over again.
+    """
+    endless = replace(phase, last_step=2**62, may_converge=False)
+    run = PhaseRun(state, endless, config, quiet([]))
+
+    def go(steps: int) -> None:
+        end = state.step + steps
+        while state.step < end:
+            run.advance()
+
+    return go
+
+
+def hold_at_target(
+    state: TrainState, phase: Phase, config: RunConfig, pool: Pool
+) -> Callable[[int], None]:
+    """Put L0 on its target and keep it there: like `steady`, with a learning rate of next to 0.
+
+    The work of a step depends on how many entries are active and on nothing else that training
+    changes. While L0 still swings about its target, a step costs more or less than it will.
+    """
+    batches = [pool.x[:4096], pool.x[4096:8192]]
+    trim_thresholds(state.sae, threshold_factor(state.sae, batches, config.L0_target))
+    return steady(state, phase, config.model_copy(update={"lr": STANDSTILL}))
 
 
 def quiet(rows: list[dict[str, float]]) -> Hooks:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def strongest_features(z: Tensor, max_active: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +36,7 @@ def coactive_cosine_squared(columns: Tensor, active: Tensor) -> Tensor:
         A scalar in [0, 1].
     """
     # Dividing the small matrix of products rather than the columns saves several passes over them.
-    gram = torch.bmm(columns, columns.transpose(1, 2))
+    gram: Tensor = _Gram.apply(columns)
     squares = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-24)
     cosine_squared = gram.square() / (squares.unsqueeze(1) * squares.unsqueeze(2))
     both = active.unsqueeze(1) * active.unsqueeze(2)
@@ -43,6 +46,27 @@ def coactive_cosine_squared(columns: Tensor, active: Tensor) -> Tensor:
     pairs = n_active * (n_active - 1)
     per_token = off_diagonal / pairs.clamp_min(1.0)
     return (per_token * (pairs > 0)).sum() / (pairs > 0).sum().clamp_min(1)
+
+
+class _Gram(torch.autograd.Function):
+    """Products of all pairs of columns of each token, ``[tokens, n, n]``.
+
+    The two halves of its gradient are one product here; autograd would make two and add up a
+    transposed one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor) -> Tensor:
+        """``columns [tokens, n, d_model]``, times itself."""
+        ctx.save_for_backward(columns)
+        return torch.bmm(columns, columns.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_gram: Tensor) -> Tensor:
+        """(G + Gᵀ)·columns."""
+        (columns,) = ctx.saved_tensors
+        return torch.bmm(d_gram + d_gram.transpose(1, 2), columns)
 
 
 def orthogonality_violation(mean_cosine_squared: Tensor, d_model: int, c_ortho: float) -> Tensor:

@@ -2,8 +2,10 @@
 
 from spalf.kernels.autoencode import (
     Autoencoded,
+    Meanwhile,
     Parameters,
     Plan,
+    PreActivations,
     Precision,
     autoencode,
     choose_lists,
@@ -16,8 +18,10 @@ __all__ = [
     "Autoencoded",
     "Choice",
     "Implementation",
+    "Meanwhile",
     "Parameters",
     "Plan",
+    "PreActivations",
     "Precision",
     "Surrogate",
     "autoencode",

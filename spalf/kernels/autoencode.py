@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -69,6 +70,27 @@ class Plan:
     capacity: int = 0
 
 
+class PreActivations(NamedTuple):
+    """Pre-activations of a batch, detached.
+
+    Attributes:
+        raw: ``[tokens, d_sae]``; without their bias if it is given.
+        bias: what ``raw`` lacks, ``[d_sae]`` or ``None``.
+    """
+
+    raw: Tensor
+    bias: Tensor | None
+
+    def of(self, rows: int) -> Tensor:
+        """Those of the first tokens, float32 ``[rows, d_sae]``."""
+        raw = self.raw[:rows].float()
+        return raw if self.bias is None else raw + self.bias
+
+
+Meanwhile = Callable[[PreActivations], None]
+"""Called between the encoder's product and everything after it."""
+
+
 @dataclass(frozen=True)
 class Autoencoded:
     """One forward pass over a batch.
@@ -79,8 +101,7 @@ class Autoencoded:
         subthreshold: Σ_j relu(pre_j)²·(1 − gate_j) of the first tokens, float32 ``[sub_rows]``.
         fired: whether each feature was active at all, bool ``[d_sae]``.
         overflow: whether lists were too short, so that the pass is void; bool scalar.
-        raw: pre-activations, detached, ``[tokens, d_sae]``; without their bias if it is given.
-        bias: what ``raw`` lacks, ``[d_sae]`` or ``None``.
+        pre: pre-activations.
     """
 
     x_hat: Tensor
@@ -88,28 +109,28 @@ class Autoencoded:
     subthreshold: Tensor
     fired: Tensor
     overflow: Tensor
-    raw: Tensor
-    bias: Tensor | None
-
-    def pre_activations(self, rows: int) -> Tensor:
-        """Pre-activations of the first tokens, float32 ``[rows, d_sae]``, detached."""
-        raw = self.raw[:rows].float()
-        return raw if self.bias is None else raw + self.bias
+    pre: PreActivations
 
 
-def autoencode(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
+def autoencode(
+    x: Tensor, parameters: Parameters, plan: Plan, meanwhile: Meanwhile | None = None
+) -> Autoencoded:
     """Encode and decode a batch; gradients reach ``x`` and the parameters.
 
     Args:
         x: input of the encoder, float32 ``[tokens, width]``.
         parameters: see `Parameters`.
         plan: see `Plan`; both ways compute the same up to rounding.
+        meanwhile: called with the pre-activations; where lists are in Triton, before these are
+            looked at, so that what it starts on another stream runs beside that.
     """
-    if plan.lists is None:
-        return _dense(x, parameters, plan)
-    return (
-        _sparse(x, parameters, plan) if plan.lists == "triton" else _on_a_cpu(x, parameters, plan)
-    )
+    if plan.lists == "triton":
+        return _sparse(x, parameters, plan, meanwhile)
+    way = _dense if plan.lists is None else _on_a_cpu
+    encoded = way(x, parameters, plan)
+    if meanwhile is not None:
+        meanwhile(encoded.pre)
+    return encoded
 
 
 def choose_lists(
@@ -165,7 +186,8 @@ def _dense(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
         x_hat = (z @ p.W_dec.to(dtype)).float() + p.b_dec
     fired = (z.detach() > 0).any(dim=0)
     overflow = torch.zeros((), dtype=torch.bool, device=x.device)
-    return Autoencoded(x_hat, l0, sub[: plan.sub_rows], fired, overflow, pre.detach(), None)
+    found = PreActivations(pre.detach(), None)
+    return Autoencoded(x_hat, l0, sub[: plan.sub_rows], fired, overflow, found)
 
 
 def _on_a_cpu(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
@@ -173,22 +195,47 @@ def _on_a_cpu(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
         x, *parameters[:6], plan.surrogate, plan.sub_rows
     )
     overflow = torch.zeros((), dtype=torch.bool, device=x.device)
-    return Autoencoded(x_hat, l0, sub, fired, overflow, pre, None)
+    return Autoencoded(x_hat, l0, sub, fired, overflow, PreActivations(pre, None))
 
 
-def _sparse(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
-    x_hat, l0, sub, fired, overflow, raw = SparseAutoencode.apply(
-        x, *parameters[:6], parameters.operands, plan
+def _sparse(
+    x: Tensor, parameters: Parameters, plan: Plan, meanwhile: Meanwhile | None
+) -> Autoencoded:
+    p, dtype = parameters, _dtype(plan.precision)
+    inputs = x.detach().to(dtype)
+    encoder, decoder = p.operands or (p.W_enc.detach().to(dtype), p.W_dec.detach().to(dtype))
+    pre = PreActivations(inputs @ encoder.T, p.b_enc.detach())
+    if meanwhile is not None:
+        meanwhile(pre)
+    x_hat, l0, sub, fired, overflow = SparseAutoencode.apply(
+        x, *p[:6], Operands(inputs, encoder, decoder), pre.raw, plan
     )
-    return Autoencoded(x_hat, l0, sub, fired, overflow, raw, parameters.b_enc.detach())
+    return Autoencoded(x_hat, l0, sub, fired, overflow, pre)
 
 
 def _dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
+class Operands(NamedTuple):
+    """What products are computed from, in one type; detached.
+
+    Attributes:
+        inputs: of the encoder, ``[tokens, width]``.
+        encoder: ``[d_sae, width]``.
+        decoder: ``[d_sae, width]``.
+    """
+
+    inputs: Tensor
+    encoder: Tensor
+    decoder: Tensor
+
+
 class SparseAutoencode(torch.autograd.Function):
-    """`autoencode` on lists of entries: (x̂, l0, sub, fired, overflow, raw)."""
+    """What follows the encoder's product, on lists of entries: (x̂, l0, sub, fired, overflow).
+
+    Its gradients are those of `autoencode` as a whole, of that product too.
+    """
 
     @staticmethod
     def forward(
@@ -200,17 +247,15 @@ class SparseAutoencode(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,
         bandwidth: Tensor,
-        operands: tuple[Tensor, Tensor] | None,
+        operands: Operands,
+        raw: Tensor,
         plan: Plan,
     ) -> tuple[Tensor, ...]:
-        """One dense product, two looks at its result, one walk over each token's entries."""
+        """Two looks at the product, one walk over each token's entries."""
         # Imported late: machines without a GPU need no triton, and importing it is slow.
         from spalf.kernels import triton_lists, triton_sparse
 
-        dtype = _dtype(plan.precision)
-        inputs = x.to(dtype)
-        encoder, decoder = operands or (W_enc.to(dtype), W_dec.to(dtype))
-        raw = inputs @ encoder.T
+        inputs, encoder, decoder = operands
         moreau = plan.surrogate == "moreau"
         lower = threshold if moreau else threshold - 0.5 * bandwidth
         found = triton_lists.scan(raw, b_enc, threshold, lower, plan.sub_rows, plan.capacity)
@@ -218,10 +263,10 @@ class SparseAutoencode(torch.autograd.Function):
         x_hat = triton_sparse.decode(lists, lists.value, decoder, b_dec, threshold)
         overflow = lists.overflow
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(found.fired, overflow, raw)
+        ctx.mark_non_differentiable(found.fired, overflow)
         ctx.save_for_backward(inputs, encoder, decoder, threshold, bandwidth, b_enc, raw)
         ctx.lists, ctx.plan = lists, plan
-        return x_hat, found.l0, found.subthreshold, found.fired, overflow, raw
+        return x_hat, found.l0, found.subthreshold, found.fired, overflow
 
     @staticmethod
     @once_differentiable
@@ -253,5 +298,5 @@ class SparseAutoencode(torch.autograd.Function):
         d_b_dec = None if dx_hat is None else dx_hat.sum(dim=0)
         return (
             d_x, grads.encoder, grads.bias, grads.threshold, grads.decoder, d_b_dec,
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from spalf.kernels import choose
 from spalf.sae import ParameterRows
+from spalf.training.branch import Branch
 from spalf.training.state import TrainState
 
 GRADIENT_NORM = 1.0
@@ -38,12 +39,17 @@ def descend(
         Global norm of the projected gradient, before clipping.
     """
     state.optimizer.zero_grad(set_to_none=True)
+    fused = choose(state.sae.W_dec, state.sae.kernel).implementation == "triton"
+    branch = Branch()
+    with branch.beside():
+        corrections = _bias_corrections(state.optimizer, lr) if fused else None
     loss.backward()
     for part in rows:
         part.add_gradient()
-    kernels = choose(state.sae.W_dec, state.sae.kernel)
-    step = _fused if kernels.implementation == "triton" else _plain
-    return step(state, loss, overflow, lr)
+    branch.join()
+    if corrections is None:
+        return _plain(state, loss, overflow, lr)
+    return _fused(state, loss, overflow, corrections)
 
 
 def _plain(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float | Tensor) -> Tensor:
@@ -58,7 +64,9 @@ def _plain(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float |
 
 
 @torch.no_grad()
-def _fused(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float | Tensor) -> Tensor:
+def _fused(
+    state: TrainState, loss: Tensor, overflow: Tensor | None, corrections: tuple[Tensor, Tensor]
+) -> Tensor:
     """The same in one pass over memory for the norm and one for everything else."""
     # Imported late: machines without a GPU need no triton, and importing it is slow.
     from spalf.kernels.triton_adam import AdamScalars, adam, square_norms
@@ -70,24 +78,30 @@ def _fused(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float |
     norm = torch.cat(squares).sum().sqrt()
     state.guard.observe(loss, norm, overflow)
     frozen = state.guard.found
-    for p in parameters:
-        slots[p]["step"].add_(1 - frozen)
+    counting = Branch()
+    with counting.beside():
+        for p in parameters:
+            slots[p]["step"].add_(1 - frozen)
     group = state.optimizer.param_groups[0]
-    beta1, beta2 = group["betas"]
-    steps = slots[parameters[0]]["step"].double()
-    scalars = AdamScalars(
-        rate=(lr / (1 - beta1**steps)).float(),
-        root=(1 - beta2**steps).rsqrt().float(),
-        clip=(GRADIENT_NORM / (norm + 1e-6)).clamp_max(1.0),
-        frozen=frozen,
-    )
+    clip = (GRADIENT_NORM / (norm + 1e-6)).clamp_max(1.0)
+    scalars = AdamScalars(*corrections, clip=clip, frozen=frozen)
     for p in parameters:
         moments = slots[p]["exp_avg"], slots[p]["exp_avg_sq"]
         adam(
-            _grad(p), p, moments, scalars, (beta1, beta2), group["eps"], spheres.get(p),
+            _grad(p), p, moments, scalars, group["betas"], group["eps"], spheres.get(p),
             copy=sae.operand_of(p),
         )  # fmt: skip
+    counting.join()
     return norm
+
+
+@torch.no_grad()
+def _bias_corrections(optimizer: torch.optim.Adam, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+    """lr/(1 − β1ᵗ) and 1/√(1 − β2ᵗ) of the coming step, float32 scalars on the device."""
+    slots, group = _slots(optimizer), optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
+    steps = slots[group["params"][0]]["step"].double() + 1
+    return (lr / (1 - beta1**steps)).float(), (1 - beta2**steps).rsqrt().float()
 
 
 def _slots(optimizer: torch.optim.Adam) -> dict[nn.Parameter, dict[str, Tensor]]:

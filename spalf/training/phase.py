@@ -18,6 +18,7 @@ from spalf.activations import ActivationStore, patched_losses
 from spalf.config import RunConfig, Schedule, schedule
 from spalf.constraints import blended_error
 from spalf.controller import ControllerGains
+from spalf.kernels import Meanwhile
 from spalf.sae import SAEOutput, StratifiedSAE
 from spalf.training.position import first_sequence_of_phase_two
 from spalf.training.schedules import l0_reference
@@ -60,7 +61,7 @@ class Phase:
 
     number: int
     batches: Callable[[int], Iterator[Tensor]]
-    observe: Callable[[TrainState, Tensor], Observation]
+    observe: Callable[[TrainState, Tensor, Meanwhile], Observation]
     gains: ControllerGains
     first_step: int
     last_step: int
@@ -71,9 +72,9 @@ def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> 
     """Reconstruction on shuffled activations (M15)."""
     plan = schedule(config)
 
-    def observe(state: TrainState, x: Tensor) -> Observation:
+    def observe(state: TrainState, x: Tensor, meanwhile: Meanwhile) -> Observation:
         expected = l0_reference(plan, config.L0_target, state.step)
-        output = state.sae(x, expected, plan.subthreshold_tokens)
+        output = state.sae(x, expected, plan.subthreshold_tokens, meanwhile)
         error, mse = _reconstruction_errors(state.sae, output, config.method.metric)
         return Observation(output, error, mse, None)
 
@@ -98,8 +99,8 @@ def phase_two(
     gains = phase_one_gains(config, plan, sae)
     k_s = plan.k_s_phase2 if config.method.setpoint else 0.0
 
-    def observe(state: TrainState, tokens: Tensor) -> Observation:
-        return observe_end_to_end(state, tokens, store, config)
+    def observe(state: TrainState, tokens: Tensor, meanwhile: Meanwhile) -> Observation:
+        return observe_end_to_end(state, tokens, store, config, meanwhile)
 
     return Phase(
         number=2,
@@ -156,14 +157,18 @@ def sequence_batches(
 
 
 def observe_end_to_end(
-    state: TrainState, tokens: Tensor, store: ActivationStore, config: RunConfig
+    state: TrainState,
+    tokens: Tensor,
+    store: ActivationStore,
+    config: RunConfig,
+    meanwhile: Meanwhile | None = None,
 ) -> Observation:
     """One end-to-end forward pass: reconstruction, patched model, divergence (M16)."""
     seen: list[SAEOutput] = []
     rows = schedule(config).subthreshold_tokens
 
     def patch(x: Tensor) -> Tensor:
-        seen.append(state.sae(x.flatten(0, 1), config.L0_target, rows))
+        seen.append(state.sae(x.flatten(0, 1), config.L0_target, rows, meanwhile))
         return seen[-1].x_hat.view_as(x)
 
     clean = store.clean_logits(tokens)
@@ -205,7 +210,7 @@ def _reconstruction_errors(
     sae: StratifiedSAE, output: SAEOutput, metric: str
 ) -> tuple[Tensor, Tensor]:
     """The error in the constraint's metric (with gradient) and the plain one (detached)."""
-    mse = output.residual.square().sum(dim=1).mean()
+    mse = output.mse
     if metric == "euclidean":
         return mse, mse.detach()
     return sae.whitener.mahalanobis(output.residual * sae.scale).mean(), mse.detach()

@@ -19,8 +19,10 @@ from spalf.constraints import (
 )
 from spalf.controller import ControllerReading, update
 from spalf.controller.controller import pack, unpack
+from spalf.kernels import PreActivations
 from spalf.lagrangian import augmented_lagrangian, sparsity_objective
-from spalf.sae import ParameterRows, SAEOutput
+from spalf.sae import ParameterRows, SAEOutput, StratifiedSAE
+from spalf.training.branch import Branch
 from spalf.training.descent import descend
 from spalf.training.phase import Observation, Phase
 from spalf.training.schedules import l0_reference, lambda_disc, learning_rate
@@ -110,16 +112,19 @@ def advance(
     """The part of a step that happens on the device; nothing in it waits for the host."""
     observed, violations, loss, rows = _forward(state, batch, phase, config, plan, inputs)
     encoded = observed.output.encoded
+    controlling = Branch()
+    with controlling.beside():
+        l0 = observed.output.l0.detach().double().mean()
+        reading = ControllerReading(violations.observed, l0, inputs.l0_ref)
+        after = update(state.controller, reading, phase.gains)
+        before, moved = pack(state.controller), pack(after)
     gradient_norm = descend(state, loss, rows, encoded.overflow, inputs.lr)
     silent = torch.where(encoded.fired, torch.zeros_like(state.stale), state.stale + 1)
     state.stale = state.guard.keep(state.stale, silent)
     if config.method.revival:
         _lower_thresholds(state, plan)
-    l0 = observed.output.l0.detach().double().mean()
-    reading = ControllerReading(violations.observed, l0, inputs.l0_ref)
-    after = update(state.controller, reading, phase.gains)
-    kept = state.guard.keep(pack(state.controller), pack(after))
-    state.controller = unpack(kept, after)
+    controlling.join()
+    state.controller = unpack(state.guard.keep(before, moved), after)
     kl = observed.mse.new_full((), torch.nan) if observed.kl is None else observed.kl
     record = StepRecord(
         inputs.lr, inputs.l0_ref, l0, observed.mse, kl, violations.observed, gradient_norm
@@ -142,7 +147,7 @@ def finish_step(state: TrainState, output: SAEOutput, config: RunConfig) -> None
     """What the host does after a step: count it, and refresh the bandwidth where it is due (M6)."""
     state.step += 1
     if state.step % BANDWIDTH_EVERY == 0 and not state.guard.stalled():
-        sample = output.encoded.pre_activations(BANDWIDTH_TOKENS)
+        sample = output.encoded.pre.of(BANDWIDTH_TOKENS)
         state.sae.refresh_bandwidth(sample, config.constants.c_eps)
 
 
@@ -158,8 +163,9 @@ def _forward(
 
     Rows of the decoder that enter it by themselves come last.
     """
-    observed = phase.observe(state, batch)
-    violations, rows = _violations(state, observed, config, plan)
+    ortho = _Orthogonality(state.sae, config, plan)
+    observed = phase.observe(state, batch, ortho.start)
+    violations, rows = _violations(state, observed, ortho, config)
     objective = sparsity_objective(
         observed.output.l0,
         observed.output.subthreshold,
@@ -187,7 +193,7 @@ def first_non_finite(
         state, batch, phase, config, plan, step_inputs(state, config, plan)
     )
     output = observed.output
-    seen = {"pre-activations": output.encoded.raw, "reconstruction": output.x_hat}
+    seen = {"pre-activations": output.encoded.pre.raw, "reconstruction": output.x_hat}
     seen |= {"kl": observed.kl} if observed.kl is not None else {}
     seen |= {"violations": violations.observed, "loss": loss}
     state.optimizer.zero_grad(set_to_none=True)
@@ -203,22 +209,52 @@ def first_non_finite(
 
 
 def _violations(
-    state: TrainState, observed: Observation, config: RunConfig, plan: Schedule
+    state: TrainState, observed: Observation, ortho: _Orthogonality, config: RunConfig
 ) -> tuple[Violations, list[ParameterRows]]:
-    sae, constants = state.sae, config.constants
+    sae = state.sae
     faith = faithfulness_violation(observed.error, state.controller.log_tau)
     anchored = ParameterRows(sae.W_dec, slice(sae.n_anchored))
-    drift = drift_violation(anchored.values, sae.anchors, constants.delta_drift)
-    if not config.method.orthogonality:
-        idle = torch.full_like(faith.detach(), -1.0)
-        return Violations.of(faith, drift, idle), [anchored]
-    # The batch is shuffled already, so its first tokens are a random subset.
-    pre = observed.output.encoded.pre_activations(plan.ortho_tokens)
-    features, active = strongest_features(pre * (pre > sae.threshold), plan.ortho_features)
-    together = ParameterRows(sae.W_dec, features)
-    cosine = coactive_cosine_squared(together.values, active)
-    ortho = orthogonality_violation(cosine, sae.d_model, constants.c_ortho)
-    return Violations.of(faith, drift, ortho), [anchored, together]
+    drift = drift_violation(anchored.values, sae.anchors, config.constants.delta_drift)
+    violation, rows = ortho.finish()
+    return Violations.of(faith, drift, violation), [anchored, *rows]
+
+
+class _Orthogonality:
+    """The orthogonality constraint of one step, on a branch of its own.
+
+    It needs the pre-activations and nothing else of the forward pass, and consists of kernels too
+    small to fill a GPU; so does its backward pass, which autograd puts on the same branch.
+    """
+
+    def __init__(self, sae: StratifiedSAE, config: RunConfig, plan: Schedule) -> None:
+        self._sae, self._config, self._plan = sae, config, plan
+        self._branch = Branch()
+        self._violation = torch.full((), -1.0, device=sae.W_dec.device)
+        self._rows: list[ParameterRows] = []
+
+    def start(self, pre: PreActivations) -> None:
+        """Work out the violation, from the pre-activations of the batch."""
+        if not self._config.method.orthogonality:
+            return
+        with self._branch.beside():
+            self._start(pre)
+
+    def _start(self, pre: PreActivations) -> None:
+        sae, plan = self._sae, self._plan
+        # The batch is shuffled already, so its first tokens are a random subset.
+        sample = pre.of(plan.ortho_tokens)
+        z = sample * (sample > sae.threshold.detach())
+        features, active = strongest_features(z, plan.ortho_features)
+        together = ParameterRows(sae.W_dec, features, sae.kernel)
+        cosine = coactive_cosine_squared(together.values, active)
+        c_ortho = self._config.constants.c_ortho
+        self._violation = orthogonality_violation(cosine, sae.d_model, c_ortho)
+        self._rows = [together]
+
+    def finish(self) -> tuple[Tensor, list[ParameterRows]]:
+        """The violation, −1 where there is no such constraint, and the rows that enter it."""
+        self._branch.join()
+        return self._violation, self._rows
 
 
 def record_row(

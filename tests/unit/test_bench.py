@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spalf.bench import end_to_end
-from spalf.bench.problem import Pool, Shape, config_for, run_on, train
+from spalf.bench.problem import Pool, Shape, config_for, hold_at_target, run_on, train
 from spalf.bench.report import write_report
 
 CPU = torch.device("cpu")
@@ -23,6 +23,19 @@ def test_the_timed_run_is_at_its_target() -> None:
     rows = train(state, phase, config, 20)
     assert [row["l0_ref"] for row in rows] == [SMALL.L0] * len(rows)
     assert rows[-1]["l0"] == pytest.approx(SMALL.L0, rel=0.5)
+
+
+def test_what_is_timed_stays_at_its_target() -> None:
+    config, pool = config_for(SMALL), Pool(SMALL, CPU)
+    state, phase = run_on(config, pool)
+    with torch.no_grad():
+        state.sae.log_threshold += 0.5
+    run = hold_at_target(state, phase, config, pool)
+    before = state.step
+    run(7)
+    assert state.step == before + 7
+    l0 = state.sae(pool.x, SMALL.L0).l0.mean().item()
+    assert l0 == pytest.approx(SMALL.L0, rel=0.05)
 
 
 @pytest.mark.filterwarnings("ignore")  # SAELens's own
@@ -48,7 +61,14 @@ def test_the_report_draws_the_conclusions(tmp_path: Path) -> None:
     main = {"what": "spalf", "axis": "main", **shape, "ms": 4.0, "peak_gib": 1.0, "l0": 4.0}
     loop = {"axis": "end to end", **shape, "tokens_per_s": 1.0, "overlap": False}
     rows = [
-        {"what": "ceilings", **shape, "product_ms": 1.0, "copy_bytes_per_s": 4e12, "floor_ms": 2.0},
+        {
+            "what": "ceilings",
+            **shape,
+            "product_ms": 1.0,
+            "copy_bytes_per_s": 4e12,
+            "floor_ms": 2.0,
+            "entries_ms": 1.0,
+        },
         {**main, "tokens_per_s": 4e3},
         {**main, "what": "saelens topk", "ms": 10.0, "tokens_per_s": 1.6e3},
         {**loop, "what": "spalf", "cells": 1, "ms": 5.0},
@@ -57,7 +77,7 @@ def test_the_report_draws_the_conclusions(tmp_path: Path) -> None:
     ]
     write_report(tmp_path, {"device": "a chip"}, rows)
     text = (tmp_path / "bench.md").read_text(encoding="utf-8")
-    assert "at 0.50 of the floor" in text
+    assert "at 0.50 of the floor; at 0.75 with" in text
     assert "2.40 times as long as one cell" in text
     assert "Five packed cells take 1.80 times" in text
     assert "2.50" in next(line for line in text.splitlines() if "saelens topk" in line)

@@ -238,6 +238,21 @@ def test_fused_adam_is_adam_between_projection_and_normalisation(sphere_from: in
         torch.testing.assert_close(weight.double(), plain.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows, width", [(7, 20), (40, 64), (3, 1)])
+def test_rows_are_added_where_places_repeat(rows: int, width: int) -> None:
+    from spalf.kernels.triton_rows import add_rows, sort_places
+
+    generator = torch.Generator().manual_seed(rows)
+    index = torch.randint(rows - 1, (6, 5), generator=generator)  # nothing for the last row
+    added = torch.randn(6, 5, width, generator=generator)
+    total = torch.randn(rows, width, generator=generator)
+    expected = total.double().index_put((index,), added.double(), accumulate=True).float()
+    untouched = total[-1].clone()
+    add_rows(total, added, sort_places(index, rows))
+    torch.testing.assert_close(total, expected)
+    assert torch.equal(total[-1], untouched)
+
+
 def test_fused_adam_steps_vectors_and_leaves_everything_where_it_is_frozen() -> None:
     from spalf.kernels.triton_adam import AdamScalars, adam
 

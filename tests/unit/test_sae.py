@@ -173,7 +173,7 @@ def test_encode_and_decode_are_the_forward_pass() -> None:
         torch.testing.assert_close(sae.decode(z), out.x_hat)
         torch.testing.assert_close(out.residual * sae.scale, x - out.x_hat, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(out.l0, (z > 0).float().sum(dim=1))
-        pre = out.encoded.pre_activations(len(x))
+        pre = out.encoded.pre.of(len(x))
         torch.testing.assert_close(z, pre * (pre > sae.threshold))
         below = pre.relu().square() * (pre <= sae.threshold)
         torch.testing.assert_close(out.subthreshold, below.sum(dim=1))
@@ -214,7 +214,7 @@ def test_l0_gradient_reaches_the_log_threshold_through_the_exponential() -> None
     out = sae(x)
     out.l0.sum().backward()
     theta, epsilon = sae.threshold.detach(), sae.bandwidth
-    near = ((out.encoded.pre_activations(len(x)) - theta).abs() < epsilon / 2).float().sum(dim=0)
+    near = ((out.encoded.pre.of(len(x)) - theta).abs() < epsilon / 2).float().sum(dim=0)
     assert near.min() > 0
     torch.testing.assert_close(sae.log_threshold.grad, -theta * near / epsilon)
     assert sae.W_enc.grad is None or not sae.W_enc.grad.any(), "M6: not through pre-activations"

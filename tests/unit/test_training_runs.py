@@ -350,10 +350,10 @@ def test_a_step_whose_lists_were_too_short_is_done_again_with_more_room(
         state, phase = fresh_run(config, calibrations(config), tmp_path / str(mishap))
         calls = 0
 
-        def short(x: Any, parameters: Any, plan: Any, *, fails: bool = mishap) -> Any:
+        def short(*args: Any, fails: bool = mishap) -> Any:
             nonlocal calls
             calls += 1
-            done = autoencode(x, parameters, plan)
+            done = autoencode(*args)
             return replace(done, overflow=torch.tensor(True)) if fails and calls == 7 else done
 
         monkeypatch.setattr("spalf.sae.stratified.autoencode", short)
