@@ -12,12 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from spalf.activations import ActivationStore
 from spalf.baselines.recipes import Shape as BaselineShape
 from spalf.baselines.recipes import hyperparameters
-from spalf.bench.problem import STANDSTILL, Shape, config_for, quiet, state_at_target
+from spalf.bench.problem import (
+    STANDSTILL,
+    Rounds,
+    Shape,
+    config_for,
+    hold_at_target,
+    quiet,
+    run_on,
+    steady,
+)
 from spalf.bench.timing import clock
 from spalf.data import SequenceStream
 from spalf.models.huggingface import HuggingFaceModel
@@ -28,6 +36,8 @@ from spalf.training.phase import phase_one
 Row = dict[str, Any]
 
 SEQ_LEN = 128
+SETTLING_STEPS = 300
+"""Steps on some of the activations before SPALF's are timed, as in `spalf.bench.contestants`."""
 SEQUENCES = 4096
 """Different sequences; they come again when all have been read."""
 
@@ -86,16 +96,23 @@ def harvest_ms(lm: LMShape, batch: int, device: torch.device) -> float:
 
 
 def spalf_ms(
-    lm: LMShape, shape: Shape, device: torch.device, *, steps: int, cells: int = 1, overlap: bool
+    lm: LMShape,
+    shape: Shape,
+    device: torch.device,
+    *,
+    steps: int,
+    cells: int = 1,
+    overlap: bool,
 ) -> float:
     """Milliseconds a step of Phase 1 with its harvest; of ``cells`` SAEs on one stream.
 
     Timed from one chunk of the buffer to the next, so that every step has its share of a harvest.
     """
     store = ActivationStore(language_model(lm, device), stream(lm), ahead=overlap)
-    sample = store.harvest(0, max(1, 16_384 // SEQ_LEN))
+    sample = store.harvest(0, 16 * shape.batch // SEQ_LEN)
     chunk = max(2, steps // 2)
-    runs = [_run(shape, store, sample, l0, chunk) for l0 in _targets(shape, cells)]
+    pool = Rounds(sample, shape.batch)
+    runs = [_run(shape, store, pool, l0, chunk) for l0 in _targets(shape, cells)]
 
     def train(to_step: int) -> None:
         for run in runs:
@@ -110,15 +127,21 @@ def spalf_ms(
 
 
 def _targets(shape: Shape, cells: int) -> list[float]:
-    """L0 targets an octave apart around that of ``shape``, all of them below an eighth of F."""
-    octaves = range(-(cells // 2), cells - cells // 2)
+    """L0 targets an octave apart, like those of ``config/bench.yaml``.
+
+    That of ``shape`` is the last but one, or the only one; all are below an eighth of F.
+    """
+    octaves = range(2 - cells, 2) if cells > 1 else [0]
     return [min(shape.L0 * 2.0**octave, shape.F / 8) for octave in octaves]
 
 
-def _run(shape: Shape, store: ActivationStore, sample: Tensor, l0: float, chunk: int) -> PhaseRun:
+def _run(shape: Shape, store: ActivationStore, pool: Rounds, l0: float, chunk: int) -> PhaseRun:
     """A run at its L0, which stays there, and whose blocks are ``chunk`` batches long."""
-    config = config_for(replace(shape, L0=l0), lr=STANDSTILL)
-    state = state_at_target(config, sample)
+    config = config_for(replace(shape, L0=l0), lr=2e-3)
+    state, phase = run_on(config, pool)
+    steady(state, phase, config)(SETTLING_STEPS)
+    hold_at_target(state, phase, config, pool)
+    config = config.model_copy(update={"lr": STANDSTILL})
     block_tokens = chunk * shape.batch
 
     class Blocks:

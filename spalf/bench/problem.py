@@ -46,11 +46,37 @@ class Shape:
     batch: int
 
 
-class Pool:
+class Rounds:
     """A fixed set of batches on the device, served round and round.
 
     Stands where an `ActivationStore` does, for a step that waits for no language model.
+
+    Args:
+        x: activations ``[tokens, d_model]``.
+        batch: how many of them a step gets; divides their number.
     """
+
+    def __init__(self, x: Tensor, batch: int) -> None:
+        self.x, self.batch = x, batch
+
+    def batches(
+        self,
+        batch_size: int,
+        block_tokens: int,
+        seed: int,
+        start_step: int = 0,
+        end_step: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Batches ``[batch_size, d_model]`` from ``start_step`` on, for ever."""
+        rounds = len(self.x) // self.batch
+        while True:
+            first = start_step % rounds * self.batch
+            yield self.x[first : first + self.batch]
+            start_step += 1
+
+
+class Pool(Rounds):
+    """Activations with a planted dictionary, served round and round."""
 
     def __init__(self, shape: Shape, device: torch.device, seed: int = 0) -> None:
         generator = torch.Generator(device).manual_seed(seed)
@@ -62,27 +88,13 @@ class Pool:
         uniform = torch.rand(tokens, PLANTED_ACTIVE, generator=generator, device=device)
         chosen = (planted * uniform.square()).long().clamp_max(planted - 1)
         weights = 1 + torch.rand(tokens, PLANTED_ACTIVE, generator=generator, device=device)
-        self.x = torch.empty(tokens, shape.d_model, device=device)
+        x = torch.empty(tokens, shape.d_model, device=device)
         for rows in torch.arange(tokens, device=device).split(4096):
-            self.x[rows] = torch.nn.functional.embedding_bag(
+            x[rows] = torch.nn.functional.embedding_bag(
                 chosen[rows], directions, mode="sum", per_sample_weights=weights[rows]
             )
-        self.x += 0.05 * torch.randn(self.x.shape, generator=generator, device=device)
-        self.batch = shape.batch
-
-    def batches(
-        self,
-        batch_size: int,
-        block_tokens: int,
-        seed: int,
-        start_step: int = 0,
-        end_step: int | None = None,
-    ) -> Iterator[Tensor]:
-        """Batches ``[batch_size, d_model]`` from ``start_step`` on, for ever."""
-        while True:
-            first = start_step % POOL_BATCHES * self.batch
-            yield self.x[first : first + self.batch]
-            start_step += 1
+        x += 0.05 * torch.randn(x.shape, generator=generator, device=device)
+        super().__init__(x, shape.batch)
 
 
 def config_for(
@@ -106,7 +118,7 @@ def config_for(
     )
 
 
-def run_on(config: RunConfig, pool: Pool) -> tuple[TrainState, Phase]:
+def run_on(config: RunConfig, pool: Rounds) -> tuple[TrainState, Phase]:
     """A run on the batches of a pool, past the ramp of its L0."""
     state = state_at_target(config, pool.x)
     return state, phase_one(config, pool, state.sae)  # type: ignore[arg-type]
@@ -174,15 +186,15 @@ def steady(state: TrainState, phase: Phase, config: RunConfig) -> Callable[[int]
 
 
 def hold_at_target(
-    state: TrainState, phase: Phase, config: RunConfig, pool: Pool
+    state: TrainState, phase: Phase, config: RunConfig, pool: Rounds
 ) -> Callable[[int], None]:
     """Put L0 on its target and keep it there: like `steady`, with a learning rate of next to 0.
 
     The work of a step depends on how many entries are active and on nothing else that training
     changes. While L0 still swings about its target, a step costs more or less than it will.
     """
-    batches = [pool.x[:4096], pool.x[4096:8192]]
-    trim_thresholds(state.sae, threshold_factor(state.sae, batches, config.L0_target))
+    sample = pool.x[:8192].split(4096)
+    trim_thresholds(state.sae, threshold_factor(state.sae, sample, config.L0_target))
     return steady(state, phase, config.model_copy(update={"lr": STANDSTILL}))
 
 

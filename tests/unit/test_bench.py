@@ -43,6 +43,7 @@ def test_every_measurement_with_the_language_model_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(end_to_end, "SEQUENCES", 64)
+    monkeypatch.setattr(end_to_end, "SETTLING_STEPS", 5)
     rows = list(end_to_end.measurements(LM, SMALL, CPU, steps=4))
     assert [(row["what"], row.get("cells"), row.get("overlap")) for row in rows] == [
         ("harvest", None, None),
