@@ -102,6 +102,8 @@ class MethodConfig(Frozen):
         revival: let the thresholds of silent features sink until they fire again.
         l0_schedule: start at m·L0_target instead of at the target (M9).
         phase2_fraction: share of the token budget given to end-to-end training (M16); 0 skips it.
+        phase2_lr: learning rate of end-to-end training; ``None`` means a tenth of ``lr``, at which
+            Phase 1 ends.
     """
 
     whitening: bool = True
@@ -117,6 +119,7 @@ class MethodConfig(Frozen):
     revival: bool = True
     l0_schedule: bool = True
     phase2_fraction: float = Field(default=0.03, ge=0, lt=1)
+    phase2_lr: float | None = Field(default=None, gt=0, le=1)
 
 
 class BaselinesConfig(Frozen):

@@ -14,7 +14,10 @@ def cooldown_progress(plan: Schedule, step: int, cooldown_start: int) -> float:
 
 
 def learning_rate(plan: Schedule, lr: float, step: int, cooldown_start: int) -> float:
-    """Linear warm-up, constant, then linear decay over the cooldown to ``lr_final_ratio·lr``."""
+    """Phase 1: linear warm-up, constant, then linear decay over the cooldown to a tenth of ``lr``.
+
+    Without a rate of its own Phase 2 stays at that tenth.
+    """
     warm = min(1.0, (step + 1) / plan.warmup_steps)
     decay = 1 - (1 - plan.lr_final_ratio) * cooldown_progress(plan, step, cooldown_start)
     return lr * warm * decay

@@ -74,10 +74,16 @@ class StepInputs(NamedTuple):
 def step_inputs(state: TrainState, config: RunConfig, plan: Schedule) -> StepInputs:
     """The schedules at the coming step, as plain numbers."""
     return StepInputs(
-        lr=learning_rate(plan, config.lr, state.step, state.cooldown_start),
+        lr=_learning_rate(state, config, plan),
         l0_ref=l0_reference(plan, config.L0_target, state.step),
         lambda_disc=lambda_disc(plan, state.step, state.cooldown_start),
     )
+
+
+def _learning_rate(state: TrainState, config: RunConfig, plan: Schedule) -> float:
+    if state.phase == 2 and config.method.phase2_lr is not None:
+        return config.method.phase2_lr
+    return learning_rate(plan, config.lr, state.step, state.cooldown_start)
 
 
 def train_step(
