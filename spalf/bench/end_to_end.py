@@ -235,6 +235,7 @@ def _saelens_run(
         lr_warm_up_steps=0,
         autocast=device.type == "cuda",
         autocast_lm=device.type == "cuda",
+        n_batches_in_buffer=max(20, 8 * shape.batch // SEQ_LEN),  # counted in sequences
         prefetch_llm_batches=prefetch,
         device=str(device),
         n_checkpoints=0,

@@ -17,6 +17,9 @@ from spalf.controller.filters import Ema, ema_update, ema_value
 from spalf.controller.laws import LAWS, LawState
 from spalf.controller.setpoint import move_setpoint
 
+UNDERSHOOT_GAIN = 10.0
+"""Least λ_faith for each unit by which L0/L0_ref is below 1; at most 1."""
+
 FAITH = 0
 """Position of the faithfulness constraint, the one with a setpoint, in every vector."""
 
@@ -145,11 +148,13 @@ def update(
     law = LAWS[gains.law](
         law_state, v, omega_c=gains.omega_c, omega_o=gains.omega_o, lambda_max=gains.lambda_max
     )
+    l0_ratio = ema_update(state.l0_ratio, reading.l0 / reading.l0_ref, gains.beta_slow)
+    ratio = ema_value(l0_ratio)
+    if gains.k_s > 0:
+        law = _at_least(law, (UNDERSHOOT_GAIN * (1 - ratio)).clamp(0, 1))
     mean_square = ema_update(state.mean_square, g.square(), gains.beta_slow)
     frozen = gains.c_eta is None
     rho = state.rho if frozen else penalties(ema_value(mean_square), first, gains.c_eta or 0.0)
-    l0_ratio = ema_update(state.l0_ratio, reading.l0 / reading.l0_ref, gains.beta_slow)
-    ratio = ema_value(l0_ratio)
     log_tau = move_setpoint(
         state.log_tau,
         ratio,
@@ -166,6 +171,17 @@ def update(
     satisfied = torch.where(within, state.satisfied + 1, torch.zeros_like(state.satisfied))
     moved = ControllerState(law, fast, slow, mean_square, first, rho, l0_ratio, log_tau, satisfied)
     return _rebase(moved, log_tau - state.log_tau, gains.v_max)
+
+
+def _at_least(law: LawState, floor: Tensor) -> LawState:
+    """The same with λ_faith no lower than ``floor``; the observer will see what was applied.
+
+    While fewer features are active than should be there is nothing to be gained from idleness:
+    sparsity alone would go on shutting features off.
+    """
+    multiplier = law.multiplier.clone()
+    multiplier[FAITH] = torch.maximum(multiplier[FAITH], floor)
+    return law._replace(multiplier=multiplier)
 
 
 def _rebase(state: ControllerState, shift: Tensor, v_max: float) -> ControllerState:

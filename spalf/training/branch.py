@@ -19,6 +19,7 @@ class Branch:
     def __init__(self) -> None:
         recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self._stream = torch.cuda.Stream() if recording else None
+        self._begun = False
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -26,11 +27,12 @@ class Branch:
         if self._stream is None:
             yield
             return
+        self._begun = True
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
         """What follows comes after the branch."""
-        if self._stream is not None:
+        if self._stream is not None and self._begun:
             torch.cuda.current_stream().wait_stream(self._stream)

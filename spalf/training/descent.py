@@ -13,6 +13,13 @@ from spalf.sae import ParameterRows
 from spalf.training.branch import Branch
 from spalf.training.state import TrainState
 
+THRESHOLD_STEP = 3.0
+"""How many times as far as Adam would have them log thresholds move.
+
+A step of the encoder moves a pre-activation by many times what a step of Adam moves a threshold,
+and sparsity acts on thresholds alone. Too slow, they cannot hold L0 against the encoder.
+"""
+
 GRADIENT_NORM = 1.0
 """Global norm to which the gradient is clipped."""
 
@@ -47,9 +54,14 @@ def descend(
     for part in rows:
         part.add_gradient()
     branch.join()
+    log_threshold = state.sae.log_threshold.detach()
+    before = log_threshold.clone()
     if corrections is None:
-        return _plain(state, loss, overflow, lr)
-    return _fused(state, loss, overflow, corrections)
+        norm = _plain(state, loss, overflow, lr)
+    else:
+        norm = _fused(state, loss, overflow, corrections)
+    log_threshold.add_(log_threshold - before, alpha=THRESHOLD_STEP - 1)
+    return norm
 
 
 def _plain(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float | Tensor) -> Tensor:

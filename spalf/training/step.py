@@ -28,8 +28,11 @@ from spalf.training.phase import Observation, Phase
 from spalf.training.schedules import l0_reference, lambda_disc, learning_rate
 from spalf.training.state import TrainState
 
-REVIVAL_RATE = 0.003
-"""Share by which the threshold of a silent feature falls each step."""
+REVIVAL_RATE = 3.0
+"""Share by which the threshold of a silent feature falls each step, in learning rates."""
+IDLE_WEIGHT = 0.1
+"""Weight of the faithfulness violation where its constraint is idle: codes and decoder, which have
+no other gradient, go on learning."""
 BANDWIDTH_EVERY = 100
 """Steps between refreshes of the surrogate bandwidth (M6)."""
 BANDWIDTH_TOKENS = 1024
@@ -128,7 +131,7 @@ def advance(
     silent = torch.where(encoded.fired, torch.zeros_like(state.stale), state.stale + 1)
     state.stale = state.guard.keep(state.stale, silent)
     if config.method.revival:
-        _lower_thresholds(state, plan)
+        _lower_thresholds(state, plan, inputs.lr)
     controlling.join()
     state.controller = unpack(state.guard.keep(before, moved), after)
     kl = observed.mse.new_full((), torch.nan) if observed.kl is None else observed.kl
@@ -139,13 +142,14 @@ def advance(
 
 
 @torch.no_grad()
-def _lower_thresholds(state: TrainState, plan: Schedule) -> None:
+def _lower_thresholds(state: TrainState, plan: Schedule, lr: float | Tensor) -> None:
     """Let the thresholds of features that have been silent for long sink until they fire again.
 
     Nothing falls into the window of a feature that never comes near its threshold, so no gradient
-    would ever bring it back.
+    would ever bring it back. The rate follows the learning rate: gradients, which raise thresholds
+    again, do too, and must not be outrun while it decays.
     """
-    fall = REVIVAL_RATE * (state.stale > plan.silence_steps)
+    fall = REVIVAL_RATE * lr * (state.stale > plan.silence_steps)
     state.sae.log_threshold.sub_(state.guard.keep(torch.zeros_like(fall), fall))
 
 
@@ -183,6 +187,7 @@ def _forward(
     loss = augmented_lagrangian(
         objective, violations.differentiable, control.law.multiplier, control.rho
     )
+    loss = loss + IDLE_WEIGHT * violations.differentiable[0]
     return observed, violations, loss, rows
 
 
