@@ -183,6 +183,16 @@ def test_controller_brings_the_setpoint_to_where_l0_is_on_target() -> None:
     assert state.satisfied > 100
 
 
+def test_faithfulness_is_not_given_up_while_too_few_features_are_active() -> None:
+    """λ_faith ≥ min(1, 10·(1 − L0/L0_ref)), and nothing of the kind without the setpoint loop."""
+    start = initial_state([0.0, 0.0, 0.0], log_tau=0.0, device=torch.device("cpu"))
+    floors = [
+        float(update(start, reading(-1.0, l0), gains(k_s=k_s)).law.multiplier[0])
+        for l0, k_s in ((5.0, 0.01), (9.6, 0.01), (12.0, 0.01), (5.0, 0.0))
+    ]
+    assert floors == pytest.approx([1.0, 0.4, 0.0, 0.0], abs=1e-9)
+
+
 def test_frozen_penalties_do_not_move() -> None:
     state = initial_state([0.0, 0.0, 0.0], 0.0, torch.device("cpu"))
     for _ in range(10):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spalf.activations import ActivationStore, buffer_position
+from spalf.bench.problem import Pool, Shape, config_for, run_on
 from spalf.config import RunConfig, schedule
 from spalf.constraints import faithfulness_violation
 from spalf.controller import initial_state
@@ -24,7 +25,9 @@ from spalf.training.phase import (
     phase_two,
     sequence_batches,
 )
+from spalf.training.schedules import learning_rate
 from spalf.training.state import TrainState, make_optimizer
+from spalf.training.step import step_inputs, train_step
 from spalf.training.trim import LOWEST_FACTOR, threshold_factor, trim_thresholds
 from spalf.whitening import SoftZCA
 from tests.helpers_planted import (
@@ -216,3 +219,78 @@ def test_metric_variance_counts_the_complement_of_a_low_rank_whitener() -> None:
     full.whitener = low
     whitened = float(low.mahalanobis(x - x.mean(dim=0)).mean())
     assert metric_variance(full, "mahalanobis") == pytest.approx(whitened, rel=1e-3)
+
+
+def one_step(monkeypatch: pytest.MonkeyPatch, **constants: float) -> TrainState:
+    """A planted run after its first step of Phase 1."""
+    for name, value in constants.items():
+        module = "descent" if name == "THRESHOLD_STEP" else "step"
+        monkeypatch.setattr(f"spalf.training.{module}.{name}", value)
+    shape = Shape(d_model=16, F=48, L0=4, batch=128)
+    config, pool = config_for(shape), Pool(shape, torch.device("cpu"))
+    state, phase = run_on(config, pool)
+    state.stale += 10**6 * (torch.arange(shape.F) < 3)
+    with torch.no_grad():
+        state.sae.log_threshold[:3] = 5.0  # out of reach of every pre-activation
+    train_step(state, pool.x[: shape.batch], phase, config, schedule(config))
+    return state
+
+
+def test_thresholds_move_three_times_as_far_as_everything_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = [
+        one_step(monkeypatch, THRESHOLD_STEP=by, REVIVAL_RATE=0.0).sae for by in (0.0, 1.0, 3.0)
+    ]
+    still, once, thrice = (sae.log_threshold.detach().double() for sae in ends)
+    assert (once - still).abs().max() > 0
+    torch.testing.assert_close(thrice - still, 3 * (once - still), rtol=1e-2, atol=1e-6)
+    assert torch.equal(ends[0].W_enc, ends[2].W_enc)
+
+
+def test_thresholds_of_silent_features_sink_with_the_learning_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = one_step(monkeypatch)
+    shape = Shape(d_model=16, F=48, L0=4, batch=128)
+    config = config_for(shape)
+    lr = learning_rate(schedule(config), config.lr, state.step - 1, state.cooldown_start)
+    expected = torch.full((3,), 5.0 - 3 * lr)
+    torch.testing.assert_close(state.sae.log_threshold[:3].detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_weights_learn_while_the_constraint_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With λ = 0 and an error far below its budget the Lagrangian alone has no gradient there."""
+    moved = {}
+    for weight in (0.0, 0.1):
+        monkeypatch.setattr("spalf.training.step.IDLE_WEIGHT", weight)
+        shape = Shape(d_model=16, F=48, L0=4, batch=128)
+        config, pool = config_for(shape), Pool(shape, torch.device("cpu"))
+        state, phase = run_on(config, pool)
+        state.controller = initial_state([0.0, 0.0, 0.0], log_tau=50.0, device=pool.x.device)
+        before = state.sae.W_enc.detach().clone()
+        train_step(state, pool.x[: shape.batch], phase, config, schedule(config))
+        moved[weight] = (state.sae.W_enc.detach() - before).abs().max().item()
+    assert moved[0.0] == 0.0
+    assert moved[0.1] > 0.0
+
+
+def test_phase_two_has_a_rate_of_its_own_if_asked_for() -> None:
+    config = planted_config(40)
+    own = config.model_copy(update={"method": config.method.model_copy(update={"phase2_lr": 7e-5})})
+    plan, state = schedule(config), one_step_state(config)
+    tenth = config.lr * plan.lr_final_ratio
+    assert step_inputs(state, config, plan).lr == pytest.approx(tenth)
+    assert step_inputs(state, own, plan).lr == 7e-5
+    state.phase = 1
+    assert step_inputs(state, own, plan).lr == pytest.approx(tenth)
+
+
+def one_step_state(config: RunConfig) -> TrainState:
+    """At the beginning of Phase 2, as far as schedules can tell."""
+    shape = Shape(d_model=16, F=48, L0=4, batch=128)
+    state, _ = run_on(config_for(shape), Pool(shape, torch.device("cpu")))
+    plan = schedule(config)
+    state.phase, state.step = 2, plan.phase1_steps
+    state.cooldown_start = plan.phase1_steps - plan.cooldown_steps
+    return state
