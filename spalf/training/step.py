@@ -30,9 +30,6 @@ from spalf.training.state import TrainState
 
 REVIVAL_RATE = 3.0
 """Share by which the threshold of a silent feature falls each step, in learning rates."""
-IDLE_WEIGHT = 0.1
-"""Weight of the faithfulness violation where its constraint is idle: codes and decoder, which have
-no other gradient, go on learning."""
 BANDWIDTH_EVERY = 100
 """Steps between refreshes of the surrogate bandwidth (M6)."""
 BANDWIDTH_TOKENS = 1024
@@ -187,7 +184,6 @@ def _forward(
     loss = augmented_lagrangian(
         objective, violations.differentiable, control.law.multiplier, control.rho
     )
-    loss = loss + IDLE_WEIGHT * violations.differentiable[0]
     return observed, violations, loss, rows
 
 

@@ -259,22 +259,6 @@ def test_thresholds_of_silent_features_sink_with_the_learning_rate(
     torch.testing.assert_close(state.sae.log_threshold[:3].detach(), expected, rtol=0, atol=1e-6)
 
 
-def test_weights_learn_while_the_constraint_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With λ = 0 and an error far below its budget the Lagrangian alone has no gradient there."""
-    moved = {}
-    for weight in (0.0, 0.1):
-        monkeypatch.setattr("spalf.training.step.IDLE_WEIGHT", weight)
-        shape = Shape(d_model=16, F=48, L0=4, batch=128)
-        config, pool = config_for(shape), Pool(shape, torch.device("cpu"))
-        state, phase = run_on(config, pool)
-        state.controller = initial_state([0.0, 0.0, 0.0], log_tau=50.0, device=pool.x.device)
-        before = state.sae.W_enc.detach().clone()
-        train_step(state, pool.x[: shape.batch], phase, config, schedule(config))
-        moved[weight] = (state.sae.W_enc.detach() - before).abs().max().item()
-    assert moved[0.0] == 0.0
-    assert moved[0.1] > 0.0
-
-
 def test_phase_two_has_a_rate_of_its_own_if_asked_for() -> None:
     config = planted_config(40)
     own = config.model_copy(update={"method": config.method.model_copy(update={"phase2_lr": 7e-5})})
