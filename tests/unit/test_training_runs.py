@@ -20,8 +20,9 @@ from spalf.steps import initialise_step
 from spalf.steps.train import _fresh_state
 from spalf.training.loop import Hooks, run_phase
 from spalf.training.phase import Phase, phase_one
+from spalf.training.schedules import learning_rate
 from spalf.training.state import TrainState, load_sae
-from spalf.training.step import record_row, train_step
+from spalf.training.step import REVIVAL_RATE, record_row, train_step
 from tests.helpers_planted import (
     PlantedModel,
     Run,
@@ -337,7 +338,8 @@ def test_the_threshold_of_a_silent_feature_sinks_until_it_fires(
         silent.append(int(state.stale[5]))
     assert silent == list(range(1, 9))
     assert sunk[:3] == [0.0] * 3, "its gradient is exactly zero"
-    assert sunk[3:] == pytest.approx([0.003] * 5, rel=1e-3)
+    rates = [learning_rate(plan, config.lr, step, state.cooldown_start) for step in range(3, 8)]
+    assert sunk[3:] == pytest.approx([REVIVAL_RATE * rate for rate in rates], rel=1e-3)
 
 
 def test_a_step_whose_lists_were_too_short_is_done_again_with_more_room(
