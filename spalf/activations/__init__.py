@@ -1,6 +1,7 @@
 """From token sequences to shuffled batches of activations, and back into the model."""
 
 from spalf.activations.buffer import buffer_position, mixed_batches
+from spalf.activations.fisher import fisher_information
 from spalf.activations.patching import (
     Patched,
     next_token_cross_entropy,
@@ -13,6 +14,7 @@ __all__ = [
     "ActivationStore",
     "Patched",
     "buffer_position",
+    "fisher_information",
     "mixed_batches",
     "next_token_cross_entropy",
     "next_token_kl",

@@ -101,13 +101,14 @@ class MethodConfig(Frozen):
         setpoint: the loop that makes ``L0_target`` hold (M14).
         revival: let the thresholds of silent features sink until they fire again.
         l0_schedule: start at m·L0_target instead of at the target (M9).
+        averaging: end Phase 2 with the mean of the weights over its second half (M16).
         phase2_fraction: share of the token budget given to end-to-end training (M16); 0 skips it.
         phase2_lr: learning rate of end-to-end training; ``None`` means a tenth of ``lr``, at which
             Phase 1 ends.
     """
 
     whitening: bool = True
-    metric: Literal["euclidean", "mahalanobis"] = "euclidean"
+    metric: Literal["euclidean", "mahalanobis", "fisher"] = "euclidean"
     encoder_init: Literal["matched_filter", "inverse_whitening"] = "matched_filter"
     surrogate: Literal["rectangle", "moreau"] = "rectangle"
     controller: Literal["adrc", "pi", "gradient_ascent"] = "adrc"
@@ -118,6 +119,7 @@ class MethodConfig(Frozen):
     setpoint: bool = True
     revival: bool = True
     l0_schedule: bool = True
+    averaging: bool = True
     phase2_fraction: float = Field(default=0.03, ge=0, lt=1)
     phase2_lr: float | None = Field(default=None, gt=0, le=1)
 

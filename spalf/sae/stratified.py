@@ -97,6 +97,7 @@ class StratifiedSAE(nn.Module):
 
     bandwidth: Tensor
     anchors: Tensor
+    metric_factor: Tensor | None
 
     def __init__(
         self,
@@ -107,6 +108,7 @@ class StratifiedSAE(nn.Module):
         surrogate: Surrogate = "rectangle",
         kernel: Implementation = "auto",
         precision: Precision = "float32",
+        metric_factor: Tensor | None = None,
     ) -> None:
         """Allocate an untrained SAE; `spalf.sae.initialise` gives it useful weights.
 
@@ -118,6 +120,8 @@ class StratifiedSAE(nn.Module):
             surrogate: ``rectangle`` or ``moreau``.
             kernel: ``auto``, ``triton`` or ``reference``.
             precision: of the operands of matrix products in training.
+            metric_factor: of the metric that training errors are measured in,
+                ``[d_model, d_model]``; ``None`` where it needs none.
         """
         super().__init__()
         d_model = whitener.mean.shape[0]
@@ -134,6 +138,7 @@ class StratifiedSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_model, device=device))
         self.register_buffer("bandwidth", torch.ones(d_sae, device=device))
         self.register_buffer("anchors", anchors.to(device, torch.float32), persistent=False)
+        self.register_buffer("metric_factor", metric_factor, persistent=False)
 
     @property
     def d_sae(self) -> int:

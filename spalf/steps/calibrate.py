@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spalf.activations import ActivationStore
+from spalf.activations import ActivationStore, fisher_information
 from spalf.activations.store import ORDER
 from spalf.checkpoint import (
     Checkpoint,
@@ -22,9 +22,9 @@ from spalf.checkpoint import (
     write_checkpoint,
 )
 from spalf.config import RunConfig
+from spalf.constraints import fisher_factor
 from spalf.data import TokenSplits
 from spalf.errors import Diverged, Interrupted, StopRequested, UserError
-from spalf.models import LanguageModel
 from spalf.steps.context import (
     CheckpointClock,
     Progress,
@@ -37,7 +37,8 @@ from spalf.steps.context import (
 from spalf.steps.keep import keep_finished, take_finished
 from spalf.steps.sources import RECORD, Sources, find_sources, recorded_sources
 from spalf.steps.tokens import place_tokens, tokens_name, tokens_of
-from spalf.whitening import SoftZCA, SplitHalfCovariance
+from spalf.whitening import Moments, SoftZCA, SplitHalfCovariance
+from spalf.whitening.soft_zca import MAX_FULL_RANK
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ SAMPLE_TOKENS = 16_384
 """Activations kept for initialisation: thresholds are quantiles over them (M5)."""
 ANCHOR_TOKENS = 8192
 """Token directions kept, most frequent first; enough for F up to 16 times that (M3)."""
+FISHER_TOKENS = 32_768
+"""Tokens of the calibration split on which the Fisher information is estimated (M8)."""
+FISHER_TOKENS_PER_PASS = 1024
+"""Of them, those whose logits are held at a time."""
 SEQUENCES_PER_UPDATE = 16
 
 
@@ -59,6 +64,8 @@ class Calibration:
         sample: activations of the calibration split, ``[tokens, d_model]``.
         token_directions: centred unembedding columns as rows, most frequent token first.
         token_ids: their tokens.
+        metric_factor: of the metric with the Fisher information, ``[d_model, d_model]``; ``None``
+            where the calibration was made for another metric.
         measured: derived parameters found here, by name.
         digests: digests of its files, by name.
         sources: the state of model and dataset that was read, and is to be read.
@@ -70,6 +77,7 @@ class Calibration:
     sample: Tensor
     token_directions: Tensor
     token_ids: Tensor
+    metric_factor: Tensor | None
     measured: dict[str, float | int]
     digests: dict[str, str]
     sources: Sources
@@ -122,13 +130,15 @@ def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
 
 def calibration_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that a calibration depends on."""
+    # The other metrics need nothing of their own, and share a calibration.
+    method = {"whitening", "metric"} if config.method.metric == "fisher" else {"whitening"}
     return config.model_dump(
         mode="json",
         include={
             **dict.fromkeys(("model_name", "hook_point", "revision", "backend", "dtype"), True),
             **dict.fromkeys(("trust_remote_code", "dataset", "total_tokens", "seq_len"), True),
             "evaluate": {"tokens"},
-            "method": {"whitening"},
+            "method": method,
             "constants": {"delta_cov", "delta_rank", "kappa"},
         },
     )
@@ -137,15 +147,19 @@ def calibration_settings(config: RunConfig) -> dict[str, Any]:
 def _measure(
     config: RunConfig, store: ActivationStore, checkpoints: CheckpointStore, context: StepContext
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    wide = store.model.d_model
+    if config.method.metric == "fisher" and wide > MAX_FULL_RANK:
+        remedy = f"works up to d_model = {MAX_FULL_RANK}, and the site has {wide}; use euclidean"
+        raise UserError("method.metric", "fisher", remedy)
     seen, rate = _stream(config, store, checkpoints, context)
     with context.nothing_to_lose():
-        return _results(config, store.model, seen, rate)
+        return _results(config, store, seen, rate)
 
 
 def _results(
-    config: RunConfig, model: LanguageModel, seen: _Seen, rate: float
+    config: RunConfig, store: ActivationStore, seen: _Seen, rate: float
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    covariance, counts = seen.covariance, seen.counts
+    model, covariance, counts = store.model, seen.covariance, seen.counts
     moments, error = covariance.merged(), covariance.error()
     constants = config.constants
     if config.method.whitening:
@@ -157,6 +171,8 @@ def _results(
     tensors = {f"whitener.{name}": value for name, value in whitener.tensors().items()}
     tensors |= {"covariance": moments.covariance, "sample": torch.cat(seen.sample)[:SAMPLE_TOKENS]}
     tensors |= {"token_directions": directions, "token_ids": token_ids, "token_counts": counts}
+    if config.method.metric == "fisher":
+        tensors["metric_factor"] = _metric_factor(store, moments)
     facts = {
         "calibration_tokens": covariance.count,
         "split_half_error": error,
@@ -168,6 +184,19 @@ def _results(
         "harvest_tokens_per_second": rate,
     }
     return tensors, facts
+
+
+def _metric_factor(store: ActivationStore, moments: Moments) -> Tensor:
+    """Of the metric with the Fisher information, from the first tokens of the split (M8)."""
+    model, stream = store.model, store.stream
+    per_pass = max(1, FISHER_TOKENS_PER_PASS // stream.seq_len)
+    last = min(stream.n_sequences, max(1, FISHER_TOKENS // stream.seq_len))
+    batches = (
+        stream.sequences(first, min(per_pass, last - first), seed=ORDER).to(model.device)
+        for first in range(0, last, per_pass)
+    )
+    fisher = fisher_information(model, batches)
+    return fisher_factor(fisher, moments.covariance.to(fisher.device))
 
 
 @dataclass
@@ -334,6 +363,7 @@ def load_calibration(directory: Path, config: RunConfig, device: torch.device) -
         sample=tensors["sample"],
         token_directions=tensors["token_directions"],
         token_ids=tensors["token_ids"],
+        metric_factor=tensors.get("metric_factor"),
         measured=measured,
         digests=dict(metadata["digests"]),
         sources=sources,

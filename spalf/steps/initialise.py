@@ -64,6 +64,7 @@ def _initialised(config: RunConfig, known: Calibration, context: StepContext) ->
         known.scale,
         config.method.surrogate,
         config.runtime.kernel,
+        metric_factor=known.metric_factor if config.method.metric == "fisher" else None,
     )
     report = initialise(
         sae,

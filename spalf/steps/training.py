@@ -230,6 +230,8 @@ class _UnderWay:
         Raises:
             StopRequested: while the activations to trim on were harvested.
         """
+        if self.run.state.average is not None:
+            self.run.state.average.put_into(self.run.state.sae)
         if self.run.state.step > self.run.phase.first_step:
             _trim(self._job, self.run.state, self.run.phase, sample)
         self.close()
@@ -273,6 +275,7 @@ def _publish(job: Job, state: TrainState) -> None:
         "environment": environment(job.context),
     }
     job.out.mkdir(parents=True, exist_ok=True)
+    state.average = None  # it is what the weights are now
     checkpoint = to_checkpoint(state, metadata)
     _require_finite(checkpoint, state.step)
     log = {METRICS: job.working / METRICS}

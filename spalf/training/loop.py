@@ -14,6 +14,7 @@ from torch import Tensor
 from spalf.config import RunConfig, Schedule, schedule
 from spalf.controller import ema_value
 from spalf.errors import Diverged, Interrupted, StopRequested
+from spalf.training.average import WeightAverage
 from spalf.training.graph import stepper
 from spalf.training.phase import Phase
 from spalf.training.position import described, stream_position
@@ -97,6 +98,7 @@ class PhaseRun:
         if self._batches is None:
             self._batches = self._batches_from_here()
         record = self._step(next(self._batches))
+        self._take_average()
         stop, due = hooks.should_stop(), hooks.checkpoint_due(state.step)
         logged = state.step % self.config.runtime.log_every_steps == 0
         checked = state.step % CHECK_EVERY == 0
@@ -117,6 +119,14 @@ class PhaseRun:
             hooks.checkpoint(state)
         if stop:
             raise Interrupted(state.step)
+
+    def _take_average(self) -> None:
+        state, start = self.state, self.phase.average_from
+        if start is None or state.step <= start:
+            return
+        if state.average is None:
+            state.average = WeightAverage.of_nothing(state.sae)
+        state.average.add(state.sae, unless=state.guard.found)
 
     def save(self) -> None:
         """Write a checkpoint, between two steps."""

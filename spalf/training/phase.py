@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spalf.activations import ActivationStore, patched_losses
 from spalf.config import RunConfig, Schedule, schedule
-from spalf.constraints import blended_error
+from spalf.constraints import blended_error, fisher_error
 from spalf.controller import ControllerGains
 from spalf.kernels import Meanwhile
 from spalf.sae import SAEOutput, StratifiedSAE
@@ -57,6 +57,8 @@ class Phase:
         first_step: step of the run at which the phase starts.
         last_step: step at which it ends at the latest.
         may_converge: whether it may end before that (M15).
+        average_from: step after which the mean of the weights is taken, with which the phase ends;
+            ``None`` where it ends with the last weights.
     """
 
     number: int
@@ -66,6 +68,7 @@ class Phase:
     first_step: int
     last_step: int
     may_converge: bool
+    average_from: int | None = None
 
 
 def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> Phase:
@@ -110,6 +113,7 @@ def phase_two(
         first_step=phase1_end,
         last_step=phase1_end + plan.phase2_steps,
         may_converge=False,
+        average_from=phase1_end + plan.phase2_steps // 2 if config.method.averaging else None,
     )
 
 
@@ -133,10 +137,10 @@ def phase_one_gains(config: RunConfig, plan: Schedule, sae: StratifiedSAE) -> Co
 def metric_variance(sae: StratifiedSAE, metric: str) -> float:
     """E‖x − μ‖²_M in the units of the training error.
 
-    It is d for the Euclidean metric, since scale² = tr Σ/d, and Σ_i λ_i/(λ_i + α) for the
-    Mahalanobis one.
+    It is d for the Euclidean metric, since scale² = tr Σ/d, and for the one with the Fisher
+    information, which is scaled so; Σ_i λ_i/(λ_i + α) for the Mahalanobis one.
     """
-    if metric == "euclidean":
+    if metric != "mahalanobis":
         return float(sae.d_model)
     whitener = sae.whitener
     kept = float((whitener.eigenvalues / (whitener.eigenvalues + whitener.alpha)).sum())
@@ -213,4 +217,7 @@ def _reconstruction_errors(
     mse = output.mse
     if metric == "euclidean":
         return mse, mse.detach()
+    if metric == "fisher":
+        assert sae.metric_factor is not None
+        return fisher_error(output.residual, sae.metric_factor), mse.detach()
     return sae.whitener.mahalanobis(output.residual * sae.scale).mean(), mse.detach()

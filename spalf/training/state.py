@@ -16,9 +16,12 @@ from spalf.controller.controller import from_tensors, to_tensors
 from spalf.errors import UserError
 from spalf.kernels import Precision
 from spalf.sae import StratifiedSAE
+from spalf.training.average import WeightAverage
 from spalf.training.guard import FiniteGuard
 from spalf.whitening import SoftZCA
 
+_AVERAGE = "average/"
+"""Before the names of the averaged weights, in the optimiser's file."""
 PARAMETERS = ("W_enc", "b_enc", "log_threshold", "W_dec", "b_dec")
 
 
@@ -40,6 +43,7 @@ class TrainState:
         history: (step, log τ, log L0/L0_ref) at the convergence checks (M15).
         derived: measured derived parameters, by name.
         skipped: batches passed over because something was not finite.
+        average: mean of the weights over the end of Phase 2, once that is under way (M16).
         guard: sees to it that the state stays finite; not part of a checkpoint.
     """
 
@@ -56,6 +60,7 @@ class TrainState:
     history: list[tuple[int, float, float]] = field(default_factory=list)
     derived: dict[str, float | int] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    average: WeightAverage | None = None
     guard: FiniteGuard = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +78,8 @@ def sae_tensors(sae: StratifiedSAE) -> tuple[dict[str, Tensor], dict[str, Tensor
     scale = torch.tensor(sae.scale, dtype=torch.float64)
     constants = {f"whitener.{name}": value for name, value in sae.whitener.tensors().items()}
     constants |= {"anchors": sae.anchors, "bandwidth": sae.bandwidth, "scale": scale}
+    if sae.metric_factor is not None:
+        constants["metric_factor"] = sae.metric_factor
     return weights, constants
 
 
@@ -108,7 +115,14 @@ def sae_from_tensors(
         {k.removeprefix(prefix): v for k, v in constants.items() if k.startswith(prefix)}
     ).to(device)
     anchors = constants["anchors"].to(device)
-    sae = StratifiedSAE(whitener, weights["W_enc"].shape[0], anchors, float(constants["scale"]))
+    factor = constants.get("metric_factor")
+    sae = StratifiedSAE(
+        whitener,
+        weights["W_enc"].shape[0],
+        anchors,
+        float(constants["scale"]),
+        metric_factor=None if factor is None else factor.to(device),
+    )
     with torch.no_grad():
         for name in PARAMETERS:
             getattr(sae, name).copy_(weights[name])
@@ -124,6 +138,8 @@ def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> Checkpoint:
         for index, slots in state.optimizer.state_dict()["state"].items()
         for name, value in slots.items()
     }
+    if state.average is not None:
+        optimizer |= {f"{_AVERAGE}{k}": v for k, v in state.average.tensors().items()}
     control = to_tensors(state.controller)
     control |= {"stale": state.stale, "exchange_rate": state.exchange_rate}
     scalars = {
@@ -145,7 +161,11 @@ def from_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.dev
     sae = load_sae(checkpoint, config, device)
     optimizer = make_optimizer(sae, config.lr)
     slots: dict[int, dict[str, Tensor]] = {}
+    average: dict[str, Tensor] = {}
     for key, value in checkpoint.tensors["optimizer"].items():
+        if key.startswith(_AVERAGE):
+            average[key.removeprefix(_AVERAGE)] = value.to(device)
+            continue
         parameter, name = key.split(".")
         slots.setdefault(PARAMETERS.index(parameter), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
@@ -166,4 +186,5 @@ def from_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.dev
         history=[(int(step), tau, l0) for step, tau, l0 in scalars["history"]],
         derived=scalars["derived"],
         skipped=scalars["skipped"],
+        average=WeightAverage.from_tensors(average) if average else None,
     )

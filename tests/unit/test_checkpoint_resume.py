@@ -67,6 +67,10 @@ def assert_equal(one: TrainState, two: TrainState) -> None:
         assert torch.equal(value, to_tensors(two.controller)[name]), name
     assert torch.equal(one.stale, two.stale)
     assert torch.equal(one.exchange_rate.nan_to_num(-1), two.exchange_rate.nan_to_num(-1))
+    averages = [state.average.tensors() if state.average else {} for state in (one, two)]
+    assert averages[0].keys() == averages[1].keys()
+    for name, value in averages[0].items():
+        assert torch.equal(value, averages[1][name]), f"mean of {name}"
     for name in ("step", "phase", "phase1_end", "cooldown_start", "ended_by", "history", "derived"):
         assert getattr(one, name) == getattr(two, name), name
 
@@ -84,6 +88,7 @@ def test_i10_continuing_a_loaded_state_equals_continuing(
         enter_phase_two(state, CONFIG, store)
         phase = phase_two(CONFIG, store, state.sae, state.phase1_end)
         advance(state, phase, CONFIG, 5)
+        assert state.average is not None, "the second half is under way"
     state.stale += torch.arange(CONFIG.F)
     write_checkpoint(tmp_path / "c", to_checkpoint(state, {"note": "mid-way"}))
     loaded = from_checkpoint(read_checkpoint(tmp_path / "c"), CONFIG, CPU)

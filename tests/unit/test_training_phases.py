@@ -193,6 +193,7 @@ def test_phases_differ_in_data_penalties_gain_and_length() -> None:
     assert next(two.batches(0)).shape == (BATCH // SEQ_LEN, SEQ_LEN)
     assert one.gains.c_eta == 1.0
     assert two.gains.c_eta is None, "CAPU is frozen in Phase 2"
+    assert (one.average_from, two.average_from) == (None, 985)
     assert (one.gains.k_s, two.gains.k_s) == (plan.k_s, plan.k_s_phase2)
     assert two.gains.log_tau_floor == one.gains.log_tau_floor
 

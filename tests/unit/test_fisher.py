@@ -1,0 +1,151 @@
+"""The Fisher information at a site and the faithfulness metric made from it (M8)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spalf.activations import fisher_information
+from spalf.constraints import fisher_error, fisher_factor
+from spalf.constraints.metric import FISHER_SHARE
+from spalf.errors import UserError
+from spalf.steps.calibrate import calibration_settings, load_calibration
+from tests.helpers_planted import (
+    D_MODEL,
+    PlantedModel,
+    correlated,
+    planted_config,
+    stream,
+    write_calibration,
+)
+
+
+def of_a_linear_model(model: PlantedModel, tokens: Tensor) -> Tensor:
+    """E[W(diag p − ppᵀ)Wᵀ]; a position's error reaches no other, and the last predicts nothing."""
+    p = model.logits(tokens)[:, :-1].double().flatten(0, 1).softmax(dim=-1)
+    variance = torch.diag(p.mean(dim=0)) - p.T @ p / len(p)
+    W = model.W_U.double()
+    return W @ variance @ W.T * (tokens.shape[1] - 1) / tokens.shape[1]
+
+
+def test_fisher_information_of_a_linear_model_is_the_covariance_of_its_logits() -> None:
+    model = PlantedModel()
+    model.W_U *= 0.2  # not so sure of one token that most draws are the same
+    tokens = stream(2048, 0).sequences(0, 2048, seed=0)
+    found = fisher_information(model, tokens.split(256))
+    expected = of_a_linear_model(model, tokens)
+    assert torch.equal(found, found.T)
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+class TwoPositions(PlantedModel):
+    """The second prediction sees the sum of both activations, the first its own."""
+
+    def patched_logits(self, tokens: Tensor, patch: Any) -> Tensor:
+        return patch(self.activations(tokens)).cumsum(dim=1) @ self.W_U
+
+
+def test_an_error_counts_wherever_it_is_seen_later() -> None:
+    """At the first of three positions both predictions that count depend on the activation."""
+    model = TwoPositions()
+    model.W_U *= 0.1
+    tokens = stream(8192, 0, 3).sequences(0, 8192, seed=0)
+    found = fisher_information(model, tokens.split(1024))
+    p = model.patched_logits(tokens, lambda x: x).double().softmax(dim=-1)
+    W = model.W_U.double()
+    once = [W @ (torch.diag(q.mean(dim=0)) - q.T @ q / len(q)) @ W.T for q in (p[:, 0], p[:, 1])]
+    expected = (once[0] + 2 * once[1]) / 3
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def test_fisher_information_follows_its_seed_and_no_global_generator() -> None:
+    model, tokens = PlantedModel(), stream(64, 0).sequences(0, 64, seed=0)
+    torch.manual_seed(1)
+    one = fisher_information(model, [tokens])
+    torch.manual_seed(2)
+    assert torch.equal(one, fisher_information(model, [tokens]))
+    assert not torch.equal(one, fisher_information(model, [tokens], seed=1))
+
+
+def a_fisher(d: int = 16) -> Tensor:
+    """Positive definite, in a small unit, with a spectrum over three decades."""
+    spread = torch.logspace(-2, 1, d, dtype=torch.float64)
+    rotation, _ = torch.linalg.qr(
+        torch.randn(d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
+    return 1e-3 * rotation * spread @ rotation.T
+
+
+def test_the_factor_gives_half_the_squared_norm_and_half_the_fisher_information() -> None:
+    fisher = a_fisher()
+    covariance = torch.cov(correlated(5000, 16, 0).double().T)
+    factor = fisher_factor(fisher, covariance)
+    share = float(covariance.trace() / (fisher @ covariance).trace())
+    r = torch.randn(7, 16, dtype=torch.float64)
+    expected = (1 - FISHER_SHARE) * r.square().sum(dim=1)
+    expected += FISHER_SHARE * share * torch.einsum("bi,ij,bj->b", r, fisher, r)
+    error = fisher_error(r, factor.double())
+    torch.testing.assert_close(error, expected.mean(), rtol=1e-5, atol=0)
+
+
+def test_the_metric_leaves_the_variance_of_the_activations_as_it_is() -> None:
+    """tr MΣ = tr Σ, whatever the unit of G."""
+    covariance = torch.cov(correlated(5000, 16, 0).double().T)
+    for unit in (1e-6, 1.0, 1e6):
+        factor = fisher_factor(unit * a_fisher(), covariance).double()
+        variance = torch.trace(factor @ factor.T @ covariance)
+        assert float(variance / covariance.trace()) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_an_isotropic_fisher_information_gives_the_euclidean_error() -> None:
+    covariance = torch.cov(correlated(5000, 16, 0).double().T)
+    factor = fisher_factor(3e-4 * torch.eye(16, dtype=torch.float64), covariance)
+    torch.testing.assert_close(factor, torch.eye(16), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fisher", [torch.zeros(4, 4), torch.full((4, 4), torch.nan)])
+def test_predictions_that_ignore_the_site_are_an_error(fisher: Tensor) -> None:
+    with pytest.raises(UserError, match=r"method\.metric = 'fisher'.*use euclidean"):
+        fisher_factor(fisher.double(), torch.eye(4, dtype=torch.float64))
+
+
+CONFIG = planted_config(method={"metric": "fisher"})
+
+
+def test_calibration_keeps_the_factor_and_only_for_this_metric(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    with_it = load_calibration(write_calibration(CONFIG, tmp_path / "fisher"), CONFIG, cpu)
+    factor = with_it.metric_factor
+    assert factor is not None
+    assert factor.shape == (D_MODEL, D_MODEL)
+    model = PlantedModel()
+    x = model.activations(stream(2048, 1).sequences(0, 2048, seed=0)).flatten(0, 1).double()
+    assert float((torch.cov(x.T) @ (factor @ factor.T).double()).trace()) == pytest.approx(
+        float(torch.cov(x.T).trace()), rel=0.02
+    )
+    plain = planted_config()
+    without = load_calibration(write_calibration(plain, tmp_path / "plain"), plain, cpu)
+    assert without.metric_factor is None
+
+
+def test_the_other_metrics_share_a_calibration() -> None:
+    settings = [
+        calibration_settings(planted_config(method={"metric": metric}))
+        for metric in ("euclidean", "mahalanobis", "fisher")
+    ]
+    assert settings[0] == settings[1] != settings[2]
+
+
+def test_a_site_too_wide_for_the_factor_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("spalf.steps.calibrate")
+    monkeypatch.setattr(module, "MAX_FULL_RANK", D_MODEL - 1)
+    monkeypatch.setattr(module, "_stream", lambda *_: pytest.fail("found out too late"))
+    with pytest.raises(UserError, match=rf"method\.metric = 'fisher'.*the site has {D_MODEL}"):
+        write_calibration(CONFIG, tmp_path / "calibration")
