@@ -38,6 +38,16 @@ def fisher_factor(fisher: Tensor, covariance: Tensor) -> Tensor:
     return torch.linalg.cholesky((1 - FISHER_SHARE) * identity + FISHER_SHARE * scaled).float()
 
 
-def fisher_error(residual: Tensor, factor: Tensor) -> Tensor:
-    """E‖r‖²_M of residuals ``r [tokens, d_model]``, a scalar, with the factor of the metric M."""
-    return (residual @ factor).square().sum(dim=-1).mean()
+def fisher_error(residual: Tensor, factor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """E‖r‖²_M, the error in the metric of a factor.
+
+    Args:
+        residual: r, ``[tokens, d_model]``.
+        factor: R of `fisher_factor`.
+        dtype: of the operands of the product rR.
+
+    Returns:
+        scalar of at least float32.
+    """
+    product = residual.to(dtype) @ factor.to(dtype)
+    return product.to(residual.dtype).square().sum(dim=-1).mean()

@@ -38,7 +38,6 @@ from spalf.steps.keep import keep_finished, take_finished
 from spalf.steps.sources import RECORD, Sources, find_sources, recorded_sources
 from spalf.steps.tokens import place_tokens, tokens_name, tokens_of
 from spalf.whitening import Moments, SoftZCA, SplitHalfCovariance
-from spalf.whitening.soft_zca import MAX_FULL_RANK
 
 logger = logging.getLogger(__name__)
 
@@ -147,10 +146,6 @@ def calibration_settings(config: RunConfig) -> dict[str, Any]:
 def _measure(
     config: RunConfig, store: ActivationStore, checkpoints: CheckpointStore, context: StepContext
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    wide = store.model.d_model
-    if config.method.metric == "fisher" and wide > MAX_FULL_RANK:
-        remedy = f"works up to d_model = {MAX_FULL_RANK}, and the site has {wide}; use euclidean"
-        raise UserError("method.metric", "fisher", remedy)
     seen, rate = _stream(config, store, checkpoints, context)
     with context.nothing_to_lose():
         return _results(config, store, seen, rate)

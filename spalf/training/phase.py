@@ -219,5 +219,6 @@ def _reconstruction_errors(
         return mse, mse.detach()
     if metric == "fisher":
         assert sae.metric_factor is not None
-        return fisher_error(output.residual, sae.metric_factor), mse.detach()
+        dtype = torch.bfloat16 if sae.precision == "bfloat16" else torch.float32
+        return fisher_error(output.residual, sae.metric_factor, dtype), mse.detach()
     return sae.whitener.mahalanobis(output.residual * sae.scale).mean(), mse.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +88,21 @@ def test_the_factor_gives_half_the_squared_norm_and_half_the_fisher_information(
     r = torch.randn(7, 16, dtype=torch.float64)
     expected = (1 - FISHER_SHARE) * r.square().sum(dim=1)
     expected += FISHER_SHARE * share * torch.einsum("bi,ij,bj->b", r, fisher, r)
-    error = fisher_error(r, factor.double())
+    error = fisher_error(r, factor.double(), torch.float64)
     torch.testing.assert_close(error, expected.mean(), rtol=1e-5, atol=0)
+
+
+def test_the_error_and_its_gradient_in_bfloat16_are_those_of_float32() -> None:
+    covariance = torch.cov(correlated(5000, 16, 0).double().T)
+    factor = fisher_factor(a_fisher(), covariance)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        r = torch.randn(512, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        error = fisher_error(r, factor, dtype)
+        assert error.dtype == torch.float32
+        found.append((error.detach(), torch.autograd.grad(error, r)[0]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-3, atol=0)
+    assert float((found[1][1] - found[0][1]).norm() / found[0][1].norm()) < 1e-2
 
 
 def test_the_metric_leaves_the_variance_of_the_activations_as_it_is() -> None:
@@ -139,13 +151,3 @@ def test_the_other_metrics_share_a_calibration() -> None:
         for metric in ("euclidean", "mahalanobis", "fisher")
     ]
     assert settings[0] == settings[1] != settings[2]
-
-
-def test_a_site_too_wide_for_the_factor_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = import_module("spalf.steps.calibrate")
-    monkeypatch.setattr(module, "MAX_FULL_RANK", D_MODEL - 1)
-    monkeypatch.setattr(module, "_stream", lambda *_: pytest.fail("found out too late"))
-    with pytest.raises(UserError, match=rf"method\.metric = 'fisher'.*the site has {D_MODEL}"):
-        write_calibration(CONFIG, tmp_path / "calibration")
