@@ -191,7 +191,10 @@ def allocated(
     whitener = SoftZCA.fit(moments, 100.0, 0.01)
     anchors = torch.zeros(0, x.shape[1]) if anchors is None else anchors
     scale = (moments.variance / x.shape[1]) ** 0.5
-    return StratifiedSAE(whitener, d_sae, anchors, scale, surrogate, "reference")
+    euclidean = torch.eye(x.shape[1])
+    return StratifiedSAE(
+        whitener, d_sae, anchors, scale, surrogate, "reference", metric_factor=euclidean
+    )
 
 
 def trained_like(x: Tensor, d_sae: int, n_anchored: int = 0, l0: float = 4.0) -> StratifiedSAE:

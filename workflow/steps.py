@@ -17,11 +17,11 @@ import yaml
 from spalf.config import EvaluateConfig, RunConfig, SweepConfig
 
 REVISIONS = {
-    "calibrate": 3,
-    "init": 2,
-    "phase1": 3,
-    "phase2": 3,
-    "pack": 1,
+    "calibrate": 4,
+    "init": 3,
+    "phase1": 4,
+    "phase2": 4,
+    "pack": 2,
     "baseline": 2,
     "random": 1,
     "evaluate": 2,
@@ -55,7 +55,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     | _CELL
     | {
         "constants": {"delta_cov", "delta_rank", "kappa", "c_eps"},
-        "method": {"whitening", "encoder_init", "anchors", "v_cap", "l0_schedule"},
+        "method": {"whitening", "metric", "encoder_init", "anchors", "v_cap", "l0_schedule"},
     },
     "phase1": {k: v for k, v in _TRAIN.items() if k != "evaluate"}
     | {"runtime": {"log_every_steps"}},

@@ -139,7 +139,10 @@ def state_at_target(config: RunConfig, x: Tensor) -> TrainState:
     scale = (found.variance / width) ** 0.5
     anchors = torch.zeros(0, width, device=device)
     kernel = config.runtime.kernel
-    sae = StratifiedSAE(whitener, config.F, anchors, scale, config.method.surrogate, kernel)
+    sae = StratifiedSAE(
+        whitener, config.F, anchors, scale, config.method.surrogate, kernel,
+        metric_factor=torch.eye(width, device=device),
+    )  # fmt: skip
     precision = config.runtime.precision
     sae.precision = "float32" if precision == "float32" or device.type == "cpu" else "bfloat16"
     report = initialise(

@@ -108,7 +108,7 @@ class MethodConfig(Frozen):
     """
 
     whitening: bool = True
-    metric: Literal["euclidean", "mahalanobis", "fisher"] = "euclidean"
+    metric: Literal["fisher", "euclidean", "mahalanobis"] = "fisher"
     encoder_init: Literal["matched_filter", "inverse_whitening"] = "matched_filter"
     surrogate: Literal["rectangle", "moreau"] = "rectangle"
     controller: Literal["adrc", "pi", "gradient_ascent"] = "adrc"

@@ -20,8 +20,8 @@ def fisher_factor(fisher: Tensor, covariance: Tensor) -> Tensor:
     explained variance, τ and R2_target mean in it what they mean in the Euclidean one.
 
     Args:
-        fisher: G, float64 ``[d_model, d_model]``, symmetric.
-        covariance: Σ of the activations, float64 ``[d_model, d_model]``.
+        fisher: G, ``[d_model, d_model]``, symmetric.
+        covariance: Σ of the activations, float64 ``[d_model, d_model]``, on the same device.
 
     Returns:
         float32 ``[d_model, d_model]``.
@@ -29,6 +29,7 @@ def fisher_factor(fisher: Tensor, covariance: Tensor) -> Tensor:
     Raises:
         UserError: the predictions do not depend on the activations.
     """
+    fisher = fisher.to(covariance.dtype)
     explained = float((fisher * covariance).sum())
     if not explained > 0 or not torch.isfinite(fisher).all():
         remedy = "the predictions do not depend on the site, or overflow; use euclidean"

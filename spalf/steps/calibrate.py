@@ -22,7 +22,6 @@ from spalf.checkpoint import (
     write_checkpoint,
 )
 from spalf.config import RunConfig
-from spalf.constraints import fisher_factor
 from spalf.data import TokenSplits
 from spalf.errors import Diverged, Interrupted, StopRequested, UserError
 from spalf.steps.context import (
@@ -37,7 +36,7 @@ from spalf.steps.context import (
 from spalf.steps.keep import keep_finished, take_finished
 from spalf.steps.sources import RECORD, Sources, find_sources, recorded_sources
 from spalf.steps.tokens import place_tokens, tokens_name, tokens_of
-from spalf.whitening import Moments, SoftZCA, SplitHalfCovariance
+from spalf.whitening import SoftZCA, SplitHalfCovariance
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,8 @@ SAMPLE_TOKENS = 16_384
 """Activations kept for initialisation: thresholds are quantiles over them (M5)."""
 ANCHOR_TOKENS = 8192
 """Token directions kept, most frequent first; enough for F up to 16 times that (M3)."""
+CONTENTS = 2
+"""Raised when calibrations hold something new, so that older ones are not taken for finished."""
 FISHER_TOKENS = 32_768
 """Tokens of the calibration split on which the Fisher information is estimated (M8)."""
 FISHER_TOKENS_PER_PASS = 1024
@@ -63,8 +64,8 @@ class Calibration:
         sample: activations of the calibration split, ``[tokens, d_model]``.
         token_directions: centred unembedding columns as rows, most frequent token first.
         token_ids: their tokens.
-        metric_factor: of the metric with the Fisher information, ``[d_model, d_model]``; ``None``
-            where the calibration was made for another metric.
+        covariance: Σ, float64 ``[d_model, d_model]``.
+        fisher: G, float32 ``[d_model, d_model]``; not finite where the predictions overflow.
         measured: derived parameters found here, by name.
         digests: digests of its files, by name.
         sources: the state of model and dataset that was read, and is to be read.
@@ -76,7 +77,8 @@ class Calibration:
     sample: Tensor
     token_directions: Tensor
     token_ids: Tensor
-    metric_factor: Tensor | None
+    covariance: Tensor
+    fisher: Tensor
     measured: dict[str, float | int]
     digests: dict[str, str]
     sources: Sources
@@ -129,18 +131,17 @@ def calibrate(config: RunConfig, out: Path, context: StepContext) -> None:
 
 def calibration_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that a calibration depends on."""
-    # The other metrics need nothing of their own, and share a calibration.
-    method = {"whitening", "metric"} if config.method.metric == "fisher" else {"whitening"}
-    return config.model_dump(
+    settings = config.model_dump(
         mode="json",
         include={
             **dict.fromkeys(("model_name", "hook_point", "revision", "backend", "dtype"), True),
             **dict.fromkeys(("trust_remote_code", "dataset", "total_tokens", "seq_len"), True),
             "evaluate": {"tokens"},
-            "method": method,
+            "method": {"whitening"},
             "constants": {"delta_cov", "delta_rank", "kappa"},
         },
     )
+    return {**settings, "contents": CONTENTS}
 
 
 def _measure(
@@ -166,8 +167,7 @@ def _results(
     tensors = {f"whitener.{name}": value for name, value in whitener.tensors().items()}
     tensors |= {"covariance": moments.covariance, "sample": torch.cat(seen.sample)[:SAMPLE_TOKENS]}
     tensors |= {"token_directions": directions, "token_ids": token_ids, "token_counts": counts}
-    if config.method.metric == "fisher":
-        tensors["metric_factor"] = _metric_factor(store, moments)
+    tensors["fisher"] = _fisher(store)
     facts = {
         "calibration_tokens": covariance.count,
         "split_half_error": error,
@@ -181,8 +181,8 @@ def _results(
     return tensors, facts
 
 
-def _metric_factor(store: ActivationStore, moments: Moments) -> Tensor:
-    """Of the metric with the Fisher information, from the first tokens of the split (M8)."""
+def _fisher(store: ActivationStore) -> Tensor:
+    """The Fisher information on the first tokens of the split (M8)."""
     model, stream = store.model, store.stream
     per_pass = max(1, FISHER_TOKENS_PER_PASS // stream.seq_len)
     last = min(stream.n_sequences, max(1, FISHER_TOKENS // stream.seq_len))
@@ -190,8 +190,7 @@ def _metric_factor(store: ActivationStore, moments: Moments) -> Tensor:
         stream.sequences(first, min(per_pass, last - first), seed=ORDER).to(model.device)
         for first in range(0, last, per_pass)
     )
-    fisher = fisher_information(model, batches)
-    return fisher_factor(fisher, moments.covariance.to(fisher.device))
+    return fisher_information(model, batches).float()
 
 
 @dataclass
@@ -358,7 +357,8 @@ def load_calibration(directory: Path, config: RunConfig, device: torch.device) -
         sample=tensors["sample"],
         token_directions=tensors["token_directions"],
         token_ids=tensors["token_ids"],
-        metric_factor=tensors.get("metric_factor"),
+        covariance=tensors["covariance"],
+        fisher=tensors["fisher"],
         measured=measured,
         digests=dict(metadata["digests"]),
         sources=sources,

@@ -8,6 +8,7 @@ from typing import Any
 
 from spalf.checkpoint import Checkpoint, fingerprint, write_checkpoint
 from spalf.config import RunConfig, describe, schedule
+from spalf.constraints import fisher_factor
 from spalf.sae import StratifiedSAE, anchor_directions, initialise
 from spalf.steps.calibrate import Calibration, load_calibration
 from spalf.steps.context import StepContext, environment, exclusive
@@ -16,7 +17,7 @@ from spalf.training.state import sae_tensors
 
 CELL_FIELDS = ("model_name", "hook_point", "F", "L0_target", "seed")
 """What identifies the cell an initialisation belongs to."""
-METHOD_FIELDS = {"encoder_init", "anchors", "v_cap", "l0_schedule"}
+METHOD_FIELDS = {"metric", "encoder_init", "anchors", "v_cap", "l0_schedule"}
 """What else of the configuration it depends on, besides ``c_eps`` and the calibration."""
 
 
@@ -64,7 +65,11 @@ def _initialised(config: RunConfig, known: Calibration, context: StepContext) ->
         known.scale,
         config.method.surrogate,
         config.runtime.kernel,
-        metric_factor=known.metric_factor if config.method.metric == "fisher" else None,
+        metric_factor=(
+            fisher_factor(known.fisher, known.covariance)
+            if config.method.metric == "fisher"
+            else None
+        ),
     )
     report = initialise(
         sae,

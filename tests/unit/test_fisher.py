@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from spalf.activations import fisher_information
+from spalf.checkpoint import read_checkpoint
 from spalf.constraints import fisher_error, fisher_factor
 from spalf.constraints.metric import FISHER_SHARE
 from spalf.errors import UserError
+from spalf.steps import initialise_step
 from spalf.steps.calibrate import calibration_settings, load_calibration
+from spalf.training.state import load_sae
 from tests.helpers_planted import (
-    D_MODEL,
     PlantedModel,
+    context,
     correlated,
     planted_config,
     stream,
@@ -126,28 +131,38 @@ def test_predictions_that_ignore_the_site_are_an_error(fisher: Tensor) -> None:
         fisher_factor(fisher.double(), torch.eye(4, dtype=torch.float64))
 
 
-CONFIG = planted_config(method={"metric": "fisher"})
+def test_calibration_keeps_it_and_init_makes_the_factor_where_it_is_needed(tmp_path: Path) -> None:
+    cpu, default = torch.device("cpu"), planted_config()
+    calibration = write_calibration(default, tmp_path / "calibration")
+    known = load_calibration(calibration, default, cpu)
+    for metric in ("fisher", "euclidean"):
+        config = planted_config(method={"metric": metric})
+        initialise_step(config, calibration, tmp_path / metric, context())
+        sae = load_sae(read_checkpoint(tmp_path / metric), config, cpu)
+        if metric == "euclidean":
+            assert sae.metric_factor is None
+            continue
+        assert sae.metric_factor is not None
+        torch.testing.assert_close(
+            sae.metric_factor, fisher_factor(known.fisher, known.covariance), rtol=0, atol=0
+        )
 
 
-def test_calibration_keeps_the_factor_and_only_for_this_metric(tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    with_it = load_calibration(write_calibration(CONFIG, tmp_path / "fisher"), CONFIG, cpu)
-    factor = with_it.metric_factor
-    assert factor is not None
-    assert factor.shape == (D_MODEL, D_MODEL)
-    model = PlantedModel()
-    x = model.activations(stream(2048, 1).sequences(0, 2048, seed=0)).flatten(0, 1).double()
-    assert float((torch.cov(x.T) @ (factor @ factor.T).double()).trace()) == pytest.approx(
-        float(torch.cov(x.T).trace()), rel=0.02
-    )
-    plain = planted_config()
-    without = load_calibration(write_calibration(plain, tmp_path / "plain"), plain, cpu)
-    assert without.metric_factor is None
-
-
-def test_the_other_metrics_share_a_calibration() -> None:
+def test_every_metric_shares_a_calibration() -> None:
     settings = [
         calibration_settings(planted_config(method={"metric": metric}))
         for metric in ("euclidean", "mahalanobis", "fisher")
     ]
-    assert settings[0] == settings[1] != settings[2]
+    assert settings[0] == settings[1] == settings[2]
+
+
+def test_predictions_that_overflow_stop_init_and_only_with_this_metric(tmp_path: Path) -> None:
+    config = planted_config()
+    with mock.patch.object(
+        import_module("spalf.steps.calibrate"), "_fisher", lambda _: torch.full((24, 24), torch.nan)
+    ):
+        calibration = write_calibration(config, tmp_path / "calibration")
+    with pytest.raises(UserError, match=r"method\.metric = 'fisher'.*use euclidean"):
+        initialise_step(config, calibration, tmp_path / "fisher", context())
+    euclidean = planted_config(method={"metric": "euclidean"})
+    initialise_step(euclidean, calibration, tmp_path / "euclidean", context())

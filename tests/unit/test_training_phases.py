@@ -127,7 +127,7 @@ def test_entry_to_phase_two_is_bumpless() -> None:
     assert float(one) != pytest.approx(0.0, abs=0.05), "the bump would show only away from zero"
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "mahalanobis"])
+@pytest.mark.parametrize("metric", ["fisher", "euclidean", "mahalanobis"])
 def test_exchange_rate_is_the_ratio_of_the_two_errors_at_entry(metric: str) -> None:
     config = planted_config(steps=1000, method={"metric": metric})
     state, store = planted_state(config)
