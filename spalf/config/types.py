@@ -149,7 +149,7 @@ class RuntimeConfig(Frozen):
         tf32: allow TF32 matrix products on a GPU, where they are in float32.
         overlap: harvest the next block of activations while Phase 1 trains on the ones before it;
             takes half as much room again for activations.
-        log_every_steps: steps between rows of the metrics log.
+        log_every_steps: steps between rows of the metrics log; a phase's last step has one too.
         checkpoint_every_minutes: wall-clock minutes between checkpoints.
         checkpoint_every_steps: steps between checkpoints; ``None`` leaves it to the minutes.
         trackers: where the metrics go besides the metrics log.

@@ -35,7 +35,7 @@ class Hooks:
     """What the loop does besides training.
 
     Attributes:
-        log: receives one row of metrics every ``log_every_steps`` steps.
+        log: receives one row of metrics every ``log_every_steps`` steps, and one at the last.
         checkpoint: saves the state.
         checkpoint_due: asked after every step, with the step.
         should_stop: asked after every step.
@@ -100,7 +100,8 @@ class PhaseRun:
         record = self._step(next(self._batches))
         self._take_average()
         stop, due = hooks.should_stop(), hooks.checkpoint_due(state.step)
-        logged = state.step % self.config.runtime.log_every_steps == 0
+        # The last step is logged as well, or a short phase would leave no row at all.
+        logged = state.step % self.config.runtime.log_every_steps == 0 or self.done
         checked = state.step % CHECK_EVERY == 0
         # The device is read only where it is read anyway: no other step waits for it.
         if (stop or due or logged or checked or self.done) and state.guard.rewind(state):

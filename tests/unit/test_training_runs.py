@@ -129,6 +129,15 @@ def test_a_run_records_every_column_of_the_contract(base: Run) -> None:
     assert column(base, "tokens", "phase2")[-1] == 60 * base.config.batch_size
 
 
+def test_the_last_step_of_a_phase_is_logged_however_short_it_is(
+    calibrations: Any, tmp_path: Path
+) -> None:
+    config = planted_config(STEPS, runtime={"log_every_steps": 25, "device": "cpu"})
+    run = run_phases(config, calibrations(config), tmp_path)
+    assert column(run, "step") == [25, 50, 58]
+    assert column(run, "step", "phase2") == [60]
+
+
 def test_phase_two_enters_without_a_bump(base: Run) -> None:
     """Learning rate, L0 reference, penalties and budget go on where they were."""
     last, first = base.rows()[-1], base.rows("phase2")[0]
