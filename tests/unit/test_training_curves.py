@@ -29,7 +29,7 @@ def gap(one: list[dict[str, float]], two: list[dict[str, float]], name: str) -> 
 
 def test_lists_and_dense_products_train_alike() -> None:
     lists, dense = curve("float32", "auto"), curve("float32", "reference")
-    assert len(lists) == STEPS // 10
+    assert len(lists) >= STEPS // 10
     # A gate that opens a step earlier is a rounding error too: curves part slowly.
     assert gap(lists[:5], dense[:5], "mse") < 1e-4
     assert gap(lists, dense, "mse") < 0.01

@@ -314,7 +314,9 @@ def test_a_damaged_comparison_of_seeds_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["config", "bench", "paper", "ablations"])
+@pytest.mark.parametrize(
+    "name", ["config", "baselines", "bench", "bench-sites", "paper", "ablations"]
+)
 def test_it_is_built_from_the_shipped_grids(name: str, tmp_path: Path) -> None:
     sweep = load_sweep(ROOT / "config" / f"{name}.yaml")
     synthetic.write_sweep(tmp_path / "results", sweep)
@@ -324,8 +326,9 @@ def test_it_is_built_from_the_shipped_grids(name: str, tmp_path: Path) -> None:
     assert numbers["counts"]["saes"] == str(len(list(sweep.cells())))
     assert numbers["sanity"]["won"] == numbers["sanity"]["total"] != "0"
     kinds = [change.kind for change in changes(sweep)]
-    assert len(rows(made, "ablations")) == kinds.count("method")
-    assert len(rows(made, "sensitivity")) == len(kinds) - kinds.count("method")
+    methods, models = kinds.count("method"), len(sweep.models)
+    assert len(rows(made, "ablations")) == methods * models
+    assert len(rows(made, "sensitivity")) == (len(kinds) - methods) * models
     if name == "bench":
         assert {b["name"] for b in numbers["abstract"]["baselines"]} == {
             "batchtopk",

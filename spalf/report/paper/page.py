@@ -73,7 +73,8 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[str], Sequence[str]]] = (
     (
         "Controller",
         "L0 with its target, multiplier and violation of fidelity over both phases, one line an "
-        "SAE. λ at the end of Phase 1 should equal the slope −d log L0 / d log MSE.",
+        "SAE. λ at the end of Phase 1 should be near the slope −d log L0 / d log MSE; at rest it "
+        "equals that of the error in the metric of training.",
         ("courses", "elasticity"),
         ("control",),
     ),
