@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,11 @@ def _measure(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     seen, rate = _stream(config, store, checkpoints, context)
     with context.nothing_to_lose():
-        return _results(config, store, seen, rate)
+        return _results(config, store, seen, rate, context)
 
 
 def _results(
-    config: RunConfig, store: ActivationStore, seen: _Seen, rate: float
+    config: RunConfig, store: ActivationStore, seen: _Seen, rate: float, context: StepContext
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model, covariance, counts = store.model, seen.covariance, seen.counts
     moments, error = covariance.merged(), covariance.error()
@@ -167,7 +168,7 @@ def _results(
     tensors = {f"whitener.{name}": value for name, value in whitener.tensors().items()}
     tensors |= {"covariance": moments.covariance, "sample": torch.cat(seen.sample)[:SAMPLE_TOKENS]}
     tensors |= {"token_directions": directions, "token_ids": token_ids, "token_counts": counts}
-    tensors["fisher"] = _fisher(store)
+    tensors["fisher"] = _fisher(store, context)
     facts = {
         "calibration_tokens": covariance.count,
         "split_half_error": error,
@@ -181,16 +182,23 @@ def _results(
     return tensors, facts
 
 
-def _fisher(store: ActivationStore) -> Tensor:
+def _fisher(store: ActivationStore, context: StepContext) -> Tensor:
     """The Fisher information on the first tokens of the split (M8)."""
     model, stream = store.model, store.stream
     per_pass = max(1, FISHER_TOKENS_PER_PASS // stream.seq_len)
     last = min(stream.n_sequences, max(1, FISHER_TOKENS // stream.seq_len))
-    batches = (
-        stream.sequences(first, min(per_pass, last - first), seed=ORDER).to(model.device)
-        for first in range(0, last, per_pass)
-    )
-    return fisher_information(model, batches).float()
+    progress = context.progress("calibrate, Fisher information", last * stream.seq_len, 0)
+
+    def batches() -> Iterator[Tensor]:
+        for first in range(0, last, per_pass):
+            tokens = stream.sequences(first, min(per_pass, last - first), seed=ORDER)
+            yield tokens.to(model.device)
+            progress.update(tokens.numel())
+
+    try:
+        return fisher_information(model, batches()).float()
+    finally:
+        progress.close()
 
 
 @dataclass

@@ -20,6 +20,7 @@ from spalf.steps import initialise_step
 from spalf.steps.calibrate import calibration_settings, load_calibration
 from spalf.training.state import load_sae
 from tests.helpers_planted import (
+    D_MODEL,
     PlantedModel,
     context,
     correlated,
@@ -159,7 +160,9 @@ def test_every_metric_shares_a_calibration() -> None:
 def test_predictions_that_overflow_stop_init_and_only_with_this_metric(tmp_path: Path) -> None:
     config = planted_config()
     with mock.patch.object(
-        import_module("spalf.steps.calibrate"), "_fisher", lambda _: torch.full((24, 24), torch.nan)
+        import_module("spalf.steps.calibrate"),
+        "_fisher",
+        lambda *_: torch.full((24, 24), torch.nan),
     ):
         calibration = write_calibration(config, tmp_path / "calibration")
     with pytest.raises(UserError, match=r"method\.metric = 'fisher'.*use euclidean"):
