@@ -159,11 +159,9 @@ def test_every_metric_shares_a_calibration() -> None:
 
 def test_predictions_that_overflow_stop_init_and_only_with_this_metric(tmp_path: Path) -> None:
     config = planted_config()
-    with mock.patch.object(
-        import_module("spalf.steps.calibrate"),
-        "_fisher",
-        lambda *_: torch.full((24, 24), torch.nan),
-    ):
+    overflow = torch.full((D_MODEL, D_MODEL), torch.nan)
+    step = import_module("spalf.steps.calibrate")
+    with mock.patch.object(step, "_fisher", lambda *_: overflow):
         calibration = write_calibration(config, tmp_path / "calibration")
     with pytest.raises(UserError, match=r"method\.metric = 'fisher'.*use euclidean"):
         initialise_step(config, calibration, tmp_path / "fisher", context())
