@@ -11,6 +11,9 @@ import pytest
 
 from spalf.config import RunConfig, load_run, load_sweep, parse
 from spalf.report import aggregate
+from spalf.steps.calibrate import calibration_settings
+from spalf.steps.context import training_settings
+from spalf.steps.initialise import init_settings
 from tests.workflow import synthetic
 from tests.workflow.conftest import ROOT
 from workflow import resources, steps
@@ -42,6 +45,28 @@ def test_settings_are_enough_for_a_run_config(step: str) -> None:
     parsed = parse(RunConfig, {**UNUSED_BY_CALIBRATION, **given}, step)
     assert parsed.model_name == config.model_name
     assert (parsed.seq_len, parsed.batch_size) == (96, 960)
+
+
+ABLATIONS = load_sweep(ROOT / "config" / "ablations.yaml")
+
+
+@pytest.mark.parametrize("variant", ["", *ABLATIONS.variants])
+def test_a_step_is_told_all_that_its_result_depends_on(variant: str) -> None:
+    """Or the next step would not know its own input again."""
+    cell = next(cell for cell in ABLATIONS.cells() if cell.variant == variant)
+    config = ABLATIONS.run_config(cell)
+    for step in ("calibrate", "init", "phase1", "phase2"):
+        told = parse(
+            RunConfig, UNUSED_BY_CALIBRATION | json.loads(steps.settings(step, config)), step
+        )
+        ours, theirs = calibration_settings(config), calibration_settings(told)
+        for one in (ours, theirs):
+            one.pop("evaluate")  # calibration reserves more than a cell is measured on
+        assert theirs == ours, step
+        if step != "calibrate":
+            assert init_settings(told) == init_settings(config), step
+        if step.startswith("phase"):
+            assert training_settings(told) == training_settings(config), step
 
 
 def test_calibration_is_shared_by_every_cell() -> None:
