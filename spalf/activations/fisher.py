@@ -23,7 +23,8 @@ def fisher_information(model: LanguageModel, batches: Iterable[Tensor], *, seed:
         seed: of the drawn tokens.
 
     Returns:
-        float64 ``[d_model, d_model]``, symmetric, in nats over the square of the activations' unit.
+        float64 ``[d_model, d_model]``, symmetric, in nats over the square of the activations' unit;
+        NaN where the predictions overflow.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64, device=model.device)
@@ -46,6 +47,8 @@ def _score(model: LanguageModel, tokens: Tensor, generator: torch.Generator) -> 
     with torch.enable_grad():
         # The last position predicts a token that nobody will see.
         log_p = model.patched_logits(tokens, patch)[:, :-1].flatten(0, 1).log_softmax(dim=-1)
+        if log_p.isnan().any():  # nothing can be drawn from these
+            return torch.full_like(site[0], torch.nan)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         (gradient,) = torch.autograd.grad(log_p.gather(1, drawn).sum(), site)
     return gradient

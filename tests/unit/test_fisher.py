@@ -77,6 +77,12 @@ def test_fisher_information_follows_its_seed_and_no_global_generator() -> None:
     assert not torch.equal(one, fisher_information(model, [tokens], seed=1))
 
 
+def test_predictions_that_overflow_give_no_number_and_no_error() -> None:
+    model, tokens = PlantedModel(), stream(64, 0).sequences(0, 64, seed=0)
+    model.W_U[:, 3] = torch.inf
+    assert fisher_information(model, tokens.split(16)).isnan().all()
+
+
 def a_fisher(d: int = 16) -> Tensor:
     """Positive definite, in a small unit, with a spectrum over three decades."""
     spread = torch.logspace(-2, 1, d, dtype=torch.float64)
