@@ -17,6 +17,8 @@ DENSE_DENSITY = 0.1
 
 _CHUNK_ELEMENTS = 2**22
 """Codes or logits worked on at a time: 16 MiB of float32, which a CPU's cache can hold."""
+_GPU_CHUNK_ELEMENTS = 2**26
+"""The same on a GPU, which has to be kept busy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +238,7 @@ class _Tally:
         """x̂ for ``x [n_seq, seq_len, d_model]``, recording sparsity and squared error."""
         flat = x.flatten(0, 1)
         pieces, active = [], []
-        for rows in flat.split(max(1, _CHUNK_ELEMENTS // self.fired.shape[0])):
+        for rows in flat.split(max(1, _at_a_time(flat) // self.fired.shape[0])):
             z = self.sae.encode(rows)
             gate = (z != 0).float()  # summing floats is many times faster than summing bools
             self.fired += gate.sum(dim=0).to(torch.int64)
@@ -271,7 +273,12 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 
 def _sequences(logits: Tensor) -> int:
     """How many sequences to work on at a time."""
-    return max(1, _CHUNK_ELEMENTS // max(1, logits[0].numel()))
+    return max(1, _at_a_time(logits) // max(1, logits[0].numel()))
+
+
+def _at_a_time(x: Tensor) -> int:
+    """How many codes or logits to work on at a time where ``x`` is."""
+    return _GPU_CHUNK_ELEMENTS if x.is_cuda else _CHUNK_ELEMENTS
 
 
 def _ce(log_p: Tensor, tokens: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ from spalf.steps.subjects import TrainedSAE, read_trained, require_width
 logger = logging.getLogger(__name__)
 
 SEQUENCES_PER_BATCH = 8
+GPU_BATCH_ELEMENTS = 2**25
+"""Logits, or codes, of a batch on a GPU, where that makes more sequences than on a CPU."""
 CHECK_EVERY = 16
 """Batches between two looks at whether everything gathered is finite."""
 
@@ -163,6 +165,14 @@ class _Subject:
         )
 
     @property
+    def sequences_per_batch(self) -> int:
+        """So many that a GPU is not idle while the host launches its kernels."""
+        if self.model.device.type == "cpu":
+            return SEQUENCES_PER_BATCH
+        widest = max(self.model.d_vocab, *(sae.coder.d_sae for sae in self.saes.values()))
+        return max(SEQUENCES_PER_BATCH, GPU_BATCH_ELEMENTS // (widest * self.stream.seq_len))
+
+    @property
     def available(self) -> int:
         """Held-out tokens there are."""
         return self.stream.n_sequences * self.stream.seq_len
@@ -215,7 +225,7 @@ class _Measuring:
         try:
             while self._position < wanted:
                 context.pause_point()
-                count = min(SEQUENCES_PER_BATCH, wanted - self._position)
+                count = min(self._subject.sequences_per_batch, wanted - self._position)
                 # A fixed random choice of held-out tokens, the same for every SAE.
                 measurement.add(stream.sequences(self._position, count, seed=0).to(context.device))
                 self._position += count
