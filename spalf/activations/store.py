@@ -10,7 +10,7 @@ from torch import Tensor
 from spalf.activations.buffer import buffer_position, mixed_batches
 from spalf.activations.ring import BlockRing
 from spalf.data import SequenceStream
-from spalf.models import LanguageModel
+from spalf.models import LanguageModel, replayed_activations
 
 HARVEST_TOKENS = 8192
 """Tokens per forward pass of the language model; fixed, so that a re-harvest is bit-identical."""
@@ -43,6 +43,7 @@ class ActivationStore:
     ) -> None:
         self.model, self.stream = model, stream
         self.before_pass, self.ahead = before_pass, ahead
+        self._activations = replayed_activations(model)
         self._ring: BlockRing | None = None
         self._latest: tuple[tuple[int, int], Tensor] | None = None
         self._clean: tuple[Tensor, Tensor] | None = None
@@ -56,7 +57,7 @@ class ActivationStore:
         per_pass = max(1, HARVEST_TOKENS // self.stream.seq_len)
         for first in range(start, start + count, per_pass):
             taken = min(per_pass, start + count - first)
-            yield self.model.activations(self._read(first, taken)).flatten(0, 1)
+            yield self._activations(self._read(first, taken)).flatten(0, 1)
 
     def _read(self, start: int, count: int) -> Tensor:
         self.before_pass()

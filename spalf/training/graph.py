@@ -16,6 +16,7 @@ from torch import Tensor
 from spalf.config import RunConfig, schedule
 from spalf.controller.controller import pack, unpack
 from spalf.kernels import choose
+from spalf.recording import record
 from spalf.sae import SAEOutput
 from spalf.training.phase import Phase
 from spalf.training.state import TrainState
@@ -63,7 +64,7 @@ class GraphedStep:
         state.controller = unpack(self._control, state.controller)
         state.stale = state.stale.clone()
         self._batch: Tensor | None = None
-        self._recorded: tuple[torch.cuda.CUDAGraph, StepRecord, SAEOutput] | None = None
+        self._recorded: tuple[torch.cuda.CUDAGraph, tuple[StepRecord, SAEOutput]] | None = None
         self._key: object = None
         self._warm = 0
 
@@ -82,15 +83,16 @@ class GraphedStep:
         self._batch.copy_(batch)
         if self._recorded is None:
             if self._warm < WARM_UP_STEPS:
-                record, output = self._on_side_stream()
+                step, output = self._on_side_stream()
                 self._warm += 1
                 finish_step(self._state, output, self._config)
-                return record
-            self._recorded = self._record()
-        graph, record, output = self._recorded
+                return step
+            # Another thread may be harvesting on a stream of its own meanwhile.
+            self._recorded = record(self._advance)
+        graph, (step, output) = self._recorded
         graph.replay()
         finish_step(self._state, output, self._config)
-        return record
+        return step
 
     def _advance(self) -> tuple[StepRecord, SAEOutput]:
         """One step whose results are written where the last one's were."""
@@ -113,10 +115,3 @@ class GraphedStep:
             done = self._advance()
         torch.cuda.current_stream().wait_stream(side)
         return done
-
-    def _record(self) -> tuple[torch.cuda.CUDAGraph, StepRecord, SAEOutput]:
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may be harvesting on a stream of its own meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            record, output = self._advance()
-        return graph, record, output
