@@ -19,6 +19,10 @@ L0_START_MULTIPLE = 4.0
 SILENCE_TOKENS = 65_536
 """Tokens without firing after which a feature's threshold starts to sink."""
 
+PHASE2_SPLIT = 4
+"""Phase 2 makes so many steps of the tokens of one step of Phase 1. A small step is noisier, which
+the mean of the weights undoes, and there are few of them."""
+
 ORTHO_COLUMNS = 8192
 """Decoder columns compared per step (M8): fewer tokens where each has more features."""
 
@@ -38,9 +42,10 @@ class Schedule:
     """Steps, rates and gains that follow from a `RunConfig` (M9–M16); steps count from 0.
 
     Attributes:
-        total_steps: optimiser steps the token budget pays for, both phases.
-        phase1_steps: at most this many of them in Phase 1.
-        phase2_steps: the rest.
+        total_steps: batches of ``batch_size`` tokens that the token budget pays for, both phases.
+        phase1_steps: at most this many of them in Phase 1, a step each.
+        phase2_steps: steps of Phase 2, for the tokens of the rest.
+        phase2_sequences: sequences of one of them.
         warmup_steps: linear learning-rate warm-up.
         cooldown_steps: length of the decay that ends Phase 1 (and of the λ_disc ramp).
         l0_ramp_steps: L0_ref falls geometrically over this many steps (M9).
@@ -64,6 +69,7 @@ class Schedule:
     total_steps: int
     phase1_steps: int
     phase2_steps: int
+    phase2_sequences: int
     warmup_steps: int
     cooldown_steps: int
     l0_ramp_steps: int
@@ -87,18 +93,21 @@ class Schedule:
 def schedule(config: RunConfig) -> Schedule:
     """The schedule of one run, a pure function of its configuration."""
     total = config.total_tokens // config.batch_size
-    phase2 = round(config.method.phase2_fraction * total)
-    phase1 = total - phase2
+    end_to_end = round(config.method.phase2_fraction * total)
+    phase1 = total - end_to_end
+    sequences = config.batch_size // config.seq_len
+    phase2_sequences = max(1, sequences // PHASE2_SPLIT)
     start = L0_START_MULTIPLE * config.L0_target if config.method.l0_schedule else config.L0_target
     omega_c = min(0.05, max(0.01, 40 / phase1))
     ortho_features = min(config.F, max(8, round(2 * config.L0_target)))
     return Schedule(
         total_steps=total,
         phase1_steps=phase1,
-        phase2_steps=phase2,
+        phase2_steps=end_to_end * sequences // phase2_sequences,
+        phase2_sequences=phase2_sequences,
         warmup_steps=max(1, min(100, phase1 // 20)),
         cooldown_steps=max(1, phase1 // 5),
-        l0_ramp_steps=phase1 // 2,
+        l0_ramp_steps=phase1 // 10,
         l0_start=min(start, config.F / 2),
         lr_final_ratio=0.1,
         omega_c=omega_c,
@@ -145,13 +154,14 @@ def describe(config: RunConfig, measured: Mapping[str, float | int] | None = Non
 
 _FROM_CONFIG = {
     "total_steps": "total_tokens // batch_size",
-    "phase1_steps": "total_steps − phase2_steps (M15)",
-    "phase2_steps": "phase2_fraction · total_steps (M15)",
+    "phase1_steps": "(1 − phase2_fraction) · total_steps (M15)",
+    "phase2_steps": "the other tokens, phase2_sequences at a time (M15)",
+    "phase2_sequences": "batch_size / (4 · seq_len) (M16)",
     "warmup_steps": "min(100, phase1_steps / 20)",
     "cooldown_steps": "phase1_steps / 5",
     "lr_final_ratio": "0.1: the rate at which Phase 2 starts (M16)",
     "l0_start": "min(m·L0_target, F/2), m = 4 (M9)",
-    "l0_ramp_steps": "phase1_steps / 2 (M9)",
+    "l0_ramp_steps": "phase1_steps / 10 (M9)",
     "omega_c": "clip(40 / phase1_steps, .01, .05) per step (M12)",
     "omega_o": "5·omega_c (M12)",
     "v_max": "0.3 (M12)",
@@ -180,6 +190,7 @@ _FROM_DATA = {
     "bandwidth_median": ("median_j c_eps·IQR_j (M6)", "init"),
     "tau_start": ("half the first E‖x−x̂‖²/scale² (M14)", "init"),
     "tau_floor": ("(1 − R2_target)·E‖x−μ‖²_M/scale² (M14)", "calibration"),
+    "lr_peak": ("min(lr, .05/√d) (M4)", "phase1"),
     "threshold_trim_phase1": ("factor on θ at which L0 = L0_target, at the end (M14)", "phase1"),
     "threshold_trim_phase2": ("the same at the end of Phase 2", "phase2"),
     "kl_scale": ("KL at the entry to Phase 2 (M16)", "phase2"),

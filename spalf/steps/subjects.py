@@ -19,6 +19,7 @@ from spalf.interchange import SAELensSAE, is_saelens_folder, read_saelens
 from spalf.interchange.saelens import CONFIG_FILE, WEIGHTS_FILE
 from spalf.models import LanguageModel
 from spalf.sae import StratifiedSAE
+from spalf.training.position import tokens_seen
 from spalf.training.state import load_sae
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,13 @@ def read_trained(path: Path, config: RunConfig, device: torch.device) -> Trained
         _warn_of_another_site(path, found, config)
         return found
     checkpoint = read_checkpoint(path, device)
+    state = checkpoint.metadata["state"]
     return TrainedSAE(
         coder=load_sae(checkpoint, config, device).eval(),
         digests=checkpoint.metadata["digests"],
         method="spalf",
         lr=config.lr,
-        train_tokens=checkpoint.metadata["state"]["step"] * config.batch_size,
+        train_tokens=tokens_seen(config, state["step"], state["phase1_end"]),
         multiplier=float(checkpoint.tensors["control"]["law.multiplier"][0]),
         control=_control(path, checkpoint),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from spalf.steps.calibrate import Calibration, load_calibration
 from spalf.steps.context import StepContext, exclusive, training_settings, write_json
 from spalf.steps.training import Job, train
 from spalf.training.phase import Phase, enter_phase_two, metric_variance, phase_one, phase_two
+from spalf.training.schedules import peak_learning_rate
 from spalf.training.state import TrainState, from_checkpoint, load_sae, make_optimizer
+
+logger = logging.getLogger(__name__)
 
 LAMBDA_START = [4.0, 0.0, 0.0]
 """Multipliers at step 0, in the order of `spalf.constraints.CONSTRAINTS`."""
@@ -185,6 +189,14 @@ def _fresh_state(config: RunConfig, init: Path, device: torch.device) -> TrainSt
     plan = schedule(config)
     measured = checkpoint.metadata["measured"]
     log_tau = float(torch.tensor(measured["tau_start"], dtype=torch.float64).log())
+    peak = peak_learning_rate(config.lr, sae.d_model)
+    if peak < config.lr:
+        logger.warning(
+            "lr = %g is held at %.3g: above that a step would turn columns too far for d = %d",
+            config.lr,
+            peak,
+            sae.d_model,
+        )
     return TrainState(
         sae=sae,
         optimizer=make_optimizer(sae, config.lr),
@@ -196,7 +208,7 @@ def _fresh_state(config: RunConfig, init: Path, device: torch.device) -> TrainSt
         ended_by="budget",
         stale=torch.zeros(config.F, dtype=torch.int64, device=device),
         exchange_rate=torch.full((), torch.nan, dtype=torch.float64, device=device),
-        derived={**measured, "tau_floor": _tau_floor(config, sae)},
+        derived={**measured, "tau_floor": _tau_floor(config, sae), "lr_peak": peak},
     )
 
 

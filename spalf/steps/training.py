@@ -32,6 +32,7 @@ from spalf.steps.trackers import open_trackers
 from spalf.training.loop import Hooks, PhaseRun, phase_end, run_together
 from spalf.training.metrics import MetricsLog
 from spalf.training.phase import Phase
+from spalf.training.position import tokens_seen
 from spalf.training.state import TrainState, from_checkpoint, to_checkpoint
 from spalf.training.trim import threshold_factor, trim_thresholds
 
@@ -270,7 +271,10 @@ def _publish(job: Job, state: TrainState) -> None:
         "config": training_settings(job.config),
         "derived": [asdict(row) for row in describe(job.config, state.derived)],
         "fingerprint": job.identity,
-        "stream": {"step": state.step, "batch_size": job.config.batch_size},
+        "stream": {
+            "step": state.step,
+            "tokens": tokens_seen(job.config, state.step, state.phase1_end),
+        },
         "rng": {"kind": "counter-based", "seed": job.config.seed},
         "environment": environment(job.context),
     }

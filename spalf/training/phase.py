@@ -22,7 +22,7 @@ from spalf.kernels import Meanwhile
 from spalf.sae import SAEOutput, StratifiedSAE
 from spalf.training.position import first_sequence_of_phase_two
 from spalf.training.schedules import l0_reference
-from spalf.training.state import TrainState
+from spalf.training.state import TrainState, set_phase
 
 FLOOR_MARGIN = 0.05
 """How far below (1 − R2_target)·Var, in log units, the budget may sink: a run that rests there
@@ -152,9 +152,9 @@ def metric_variance(sae: StratifiedSAE, metric: str) -> float:
 def sequence_batches(
     config: RunConfig, store: ActivationStore, phase1_end: int, start: int
 ) -> Iterator[Tensor]:
-    """Batches of sequences ``[batch_size / seq_len, seq_len]``, after Phase 1's last block."""
+    """Batches of sequences ``[phase2_sequences, seq_len]``, after Phase 1's last block."""
     first = first_sequence_of_phase_two(config, phase1_end)
-    per_batch = config.batch_size // config.seq_len
+    per_batch = schedule(config).phase2_sequences
     while True:
         yield store.sequences(first + start * per_batch, per_batch)
         start += 1
@@ -184,12 +184,12 @@ def observe_end_to_end(
 
 @torch.no_grad()
 def enter_phase_two(
-    state: TrainState, config: RunConfig, store: ActivationStore, batches: int = 16
+    state: TrainState, config: RunConfig, store: ActivationStore, batches: int = 64
 ) -> None:
     """Measure the exchange rate that makes the entry bumpless, and switch the phase (M16).
 
     The divergence is averaged over the first batches that Phase 2 will train on. The
-    multipliers, the setpoint, the filters and the optimiser carry over untouched.
+    multipliers, the setpoint, the filters and the optimiser's moments carry over untouched.
 
     Args:
         state: at the end of Phase 1; changed in place.
@@ -207,6 +207,7 @@ def enter_phase_two(
     error, kl = torch.stack(pairs).double().mean(dim=0)
     state.exchange_rate = error / kl.clamp_min(1e-12)
     state.phase, state.phase1_end = 2, state.step
+    set_phase(state.optimizer, 2)
     state.derived["kl_scale"] = float(kl)
 
 

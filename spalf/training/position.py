@@ -13,6 +13,20 @@ def first_sequence_of_phase_two(config: RunConfig, phase1_end: int) -> int:
     return (chunk + 1) * (plan.block_tokens // config.seq_len)
 
 
+def tokens_seen(config: RunConfig, step: int, phase1_end: int) -> int:
+    """Training tokens behind a run.
+
+    Args:
+        config: the run.
+        step: optimiser steps done.
+        phase1_end: step at which Phase 1 ended; negative where it has not.
+    """
+    if phase1_end < 0:
+        return step * config.batch_size
+    per_step = schedule(config).phase2_sequences * config.seq_len
+    return phase1_end * config.batch_size + (step - phase1_end) * per_step
+
+
 def stream_position(config: RunConfig, phase1_end: int | None, step: int) -> dict[str, int]:
     """Training sequences that the batch of ``step`` (counted from 0) is drawn from.
 
@@ -26,7 +40,7 @@ def stream_position(config: RunConfig, phase1_end: int | None, step: int) -> dic
         ``offset`` in the mixing buffer.
     """
     if phase1_end is not None:
-        per_batch = config.batch_size // config.seq_len
+        per_batch = schedule(config).phase2_sequences
         first = first_sequence_of_phase_two(config, phase1_end) + (step - phase1_end) * per_batch
         return {"first_sequence": first, "last_sequence": first + per_batch - 1}
     block = schedule(config).block_tokens

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from spalf.config import Schedule
 
+LARGEST_TURN = 0.05
+"""By how much a step of Adam may turn a column, in radians. At 0.1 most features of a wide
+dictionary become dense, their neighbours die, and no gradient brings L0 down again."""
 LAMBDA_DISC_MAX = 0.01
 """Weight of the sub-threshold mass at the end of Phase 1's cooldown."""
 
@@ -11,6 +14,15 @@ LAMBDA_DISC_MAX = 0.01
 def cooldown_progress(plan: Schedule, step: int, cooldown_start: int) -> float:
     """How much of the cooldown has passed, in [0, 1]."""
     return min(1.0, max(0.0, (step - cooldown_start) / plan.cooldown_steps))
+
+
+def peak_learning_rate(lr: float, d_model: int) -> float:
+    """``lr``, or the largest rate at which columns keep their way.
+
+    A step of Adam moves every entry by about the learning rate, and so a column of unit norm by
+    about √d times that, whatever the gradient.
+    """
+    return float(min(lr, LARGEST_TURN / d_model**0.5))
 
 
 def learning_rate(plan: Schedule, lr: float, step: int, cooldown_start: int) -> float:

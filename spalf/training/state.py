@@ -22,6 +22,9 @@ from spalf.whitening import SoftZCA
 
 _AVERAGE = "average/"
 """Before the names of the averaged weights, in the optimiser's file."""
+BETA2 = {1: 0.999, 2: 0.99}
+"""Adam's β₂ by phase. At the entry to Phase 2 gradients become several times as large, and there
+are only some hundreds of steps in which second moments can follow."""
 PARAMETERS = ("W_enc", "b_enc", "log_threshold", "W_dec", "b_dec")
 
 
@@ -67,9 +70,17 @@ class TrainState:
         self.guard = FiniteGuard(self.stale.device)
 
 
-def make_optimizer(sae: StratifiedSAE, lr: float) -> torch.optim.Adam:
-    """Adam with β = (.9, .999) over the SAE's parameters, in one kernel."""
-    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999), fused=True)
+def make_optimizer(sae: StratifiedSAE, lr: float, phase: int = 1) -> torch.optim.Adam:
+    """Adam over the SAE's parameters, in one kernel, with the memory of a phase."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
+    set_phase(optimizer, phase)
+    return optimizer
+
+
+def set_phase(optimizer: torch.optim.Adam, phase: int) -> None:
+    """Let Adam remember as long as is right for a phase: β = (.9, `BETA2`)."""
+    for group in optimizer.param_groups:
+        group["betas"] = (0.9, BETA2[phase])
 
 
 def sae_tensors(sae: StratifiedSAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -159,7 +170,7 @@ def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> Checkpoint:
 def from_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> TrainState:
     """Inverse of `to_checkpoint` (I10)."""
     sae = load_sae(checkpoint, config, device)
-    optimizer = make_optimizer(sae, config.lr)
+    optimizer = make_optimizer(sae, config.lr, checkpoint.metadata["state"]["phase"])
     slots: dict[int, dict[str, Tensor]] = {}
     average: dict[str, Tensor] = {}
     for key, value in checkpoint.tensors["optimizer"].items():

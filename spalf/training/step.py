@@ -25,7 +25,13 @@ from spalf.sae import ParameterRows, SAEOutput, StratifiedSAE
 from spalf.training.branch import Branch
 from spalf.training.descent import descend
 from spalf.training.phase import Observation, Phase
-from spalf.training.schedules import l0_reference, lambda_disc, learning_rate
+from spalf.training.position import tokens_seen
+from spalf.training.schedules import (
+    l0_reference,
+    lambda_disc,
+    learning_rate,
+    peak_learning_rate,
+)
 from spalf.training.state import TrainState
 
 REVIVAL_RATE = 3.0
@@ -83,7 +89,8 @@ def step_inputs(state: TrainState, config: RunConfig, plan: Schedule) -> StepInp
 def _learning_rate(state: TrainState, config: RunConfig, plan: Schedule) -> float:
     if state.phase == 2 and config.method.phase2_lr is not None:
         return config.method.phase2_lr
-    return learning_rate(plan, config.lr, state.step, state.cooldown_start)
+    peak = peak_learning_rate(config.lr, state.sae.d_model)
+    return learning_rate(plan, peak, state.step, state.cooldown_start)
 
 
 def train_step(
@@ -286,7 +293,7 @@ def record_row(
     l0, mse, kl, log_tau, gradient_norm, dead_fraction = flat[:6]
     row: dict[str, float | int] = {
         "step": state.step,
-        "tokens": state.step * config.batch_size,
+        "tokens": tokens_seen(config, state.step, state.phase1_end),
         "phase": state.phase,
         "lr": float(record.lr),
         "l0": l0,

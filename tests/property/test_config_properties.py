@@ -91,7 +91,10 @@ def test_a_schedule_keeps_its_promises(settings: dict[str, Any]) -> None:
     config = parse(RunConfig, settings, "f")
     plan = schedule(config)
     assert plan.total_steps * config.batch_size <= config.total_tokens
-    assert plan.phase1_steps + plan.phase2_steps == plan.total_steps
+    per_step = plan.phase2_sequences * config.seq_len
+    end_to_end = (plan.total_steps - plan.phase1_steps) * config.batch_size
+    assert end_to_end - per_step < plan.phase2_steps * per_step <= end_to_end
+    assert per_step <= config.batch_size
     assert plan.phase1_steps >= 1
     assert plan.l0_ramp_steps + plan.cooldown_steps <= plan.phase1_steps + 1
     assert plan.block_tokens % (2 * config.batch_size) == 0

@@ -91,16 +91,16 @@ def in_phase_two(config: RunConfig) -> tuple[PhaseRun, TrainState]:
 def test_it_is_the_mean_over_the_second_half_of_phase_two() -> None:
     config = planted_config(400)
     steps = schedule(config).phase2_steps
-    assert steps == 12
+    assert steps == 4 * 12
     run, state = in_phase_two(config)
     seen: list[dict[str, Tensor]] = []
     while not run.done:
         run.advance()
         seen.append({name: p.detach().clone() for name, p in state.sae.named_parameters()})
     assert state.average is not None
-    assert float(state.average.count) == 6
+    assert float(state.average.count) == 24
     for name, mean in state.average.means.items():
-        expected = torch.stack([weights[name] for weights in seen[6:]]).mean(dim=0)
+        expected = torch.stack([weights[name] for weights in seen[24:]]).mean(dim=0)
         torch.testing.assert_close(mean, expected, msg=name)
         assert not torch.equal(mean, seen[-1][name]), name
 

@@ -60,6 +60,8 @@ def assert_equal(one: TrainState, two: TrainState) -> None:
         assert torch.equal(value, two.sae.state_dict()[name]), name
     moments, others = (state.optimizer.state_dict()["state"] for state in (one, two))
     assert moments.keys() == others.keys()
+    groups = [s.optimizer.param_groups[0] for s in (one, two)]
+    assert groups[0]["betas"] == groups[1]["betas"]
     for key, slots in moments.items():
         for name, value in slots.items():
             assert torch.equal(value, others[key][name]), (key, name)
@@ -87,7 +89,7 @@ def test_i10_continuing_a_loaded_state_equals_continuing(
     if number == 2:
         enter_phase_two(state, CONFIG, store)
         phase = phase_two(CONFIG, store, state.sae, state.phase1_end)
-        advance(state, phase, CONFIG, 5)
+        advance(state, phase, CONFIG, 11)
         assert state.average is not None, "the second half is under way"
     state.stale += torch.arange(CONFIG.F)
     write_checkpoint(tmp_path / "c", to_checkpoint(state, {"note": "mid-way"}))

@@ -112,12 +112,13 @@ def test_entry_to_phase_two_is_bumpless() -> None:
     weights = {name: value.clone() for name, value in state.sae.state_dict().items()}
     enter_phase_two(state, config, store)
     assert (state.phase, state.phase1_end) == (2, state.step)
+    assert state.optimizer.param_groups[0]["betas"] == (0.9, 0.99)
     for name, value in to_tensors(state.controller).items():
         assert torch.equal(value, before[name]), f"{name} must carry over"
     for name, value in state.sae.state_dict().items():
         assert torch.equal(value, weights[name]), name
 
-    tokens = list(islice(sequence_batches(config, store, state.step, 0), 16))
+    tokens = list(islice(sequence_batches(config, store, state.step, 0), 64))
     with torch.no_grad():
         errors = [observe_end_to_end(state, t, store, config).error.double() for t in tokens]
         plain = [mean_squared_error(state.sae, store, t) for t in tokens]
@@ -133,12 +134,12 @@ def test_exchange_rate_is_the_ratio_of_the_two_errors_at_entry(metric: str) -> N
     state, store = planted_state(config)
     enter_phase_two(state, config, store)
     rate = float(state.exchange_rate)
-    tokens = list(islice(sequence_batches(config, store, state.step, 0), 16))
+    tokens = list(islice(sequence_batches(config, store, state.step, 0), 64))
     state.exchange_rate = torch.zeros_like(state.exchange_rate)
     with torch.no_grad():
         observed = [observe_end_to_end(state, t, store, config) for t in tokens]
-    kl = sum(float(o.kl) for o in observed if o.kl is not None) / 16
-    error = sum(2 * float(o.error) for o in observed) / 16
+    kl = sum(float(o.kl) for o in observed if o.kl is not None) / 64
+    error = sum(2 * float(o.error) for o in observed) / 64
     assert rate == pytest.approx(error / kl, rel=1e-4)
     assert state.derived["kl_scale"] == pytest.approx(kl, rel=1e-4)
 
@@ -176,8 +177,8 @@ def test_phase_two_trains_on_sequences_that_phase_one_has_not_seen() -> None:
         chunk, _ = buffer_position(end - 1, BATCH, plan.block_tokens)
         seen = store.sequences(0, (chunk + 1) * plan.block_tokens // SEQ_LEN)
         first = next(sequence_batches(config, store, end, 0))
-        assert first.shape == (BATCH // SEQ_LEN, SEQ_LEN)
-        assert torch.equal(first, store.sequences(len(seen), BATCH // SEQ_LEN))
+        assert first.shape == (BATCH // SEQ_LEN // 4, SEQ_LEN)
+        assert torch.equal(first, store.sequences(len(seen), BATCH // SEQ_LEN // 4))
         later = next(sequence_batches(config, store, end, 3))
         assert torch.equal(later, list(islice(sequence_batches(config, store, end, 0), 4))[3])
 
@@ -188,12 +189,12 @@ def test_phases_differ_in_data_penalties_gain_and_length() -> None:
     state, store = planted_state(config)
     one, two = phase_one(config, store, state.sae), phase_two(config, store, state.sae, 970)
     assert (one.first_step, one.last_step, one.may_converge) == (0, plan.phase1_steps, True)
-    assert (two.first_step, two.last_step, two.may_converge) == (970, 1000, False)
+    assert (two.first_step, two.last_step, two.may_converge) == (970, 970 + 4 * 30, False)
     assert next(one.batches(0)).shape == (BATCH, PlantedModel().d_model)
-    assert next(two.batches(0)).shape == (BATCH // SEQ_LEN, SEQ_LEN)
+    assert next(two.batches(0)).shape == (BATCH // SEQ_LEN // 4, SEQ_LEN)
     assert one.gains.c_eta == 1.0
     assert two.gains.c_eta is None, "CAPU is frozen in Phase 2"
-    assert (one.average_from, two.average_from) == (None, 985)
+    assert (one.average_from, two.average_from) == (None, 970 + 4 * 15)
     assert (one.gains.k_s, two.gains.k_s) == (plan.k_s, plan.k_s_phase2)
     assert two.gains.log_tau_floor == one.gains.log_tau_floor
 

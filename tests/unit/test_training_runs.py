@@ -125,7 +125,7 @@ def test_a_run_records_every_column_of_the_contract(base: Run) -> None:
         assert all(math.isfinite(value) for row in rows for value in row.values())
     assert "kl" not in base.rows()[0]
     assert column(base, "step") == list(range(1, 59))
-    assert column(base, "step", "phase2") == [59, 60]
+    assert column(base, "step", "phase2") == list(range(59, 59 + 4 * 2))
     assert column(base, "tokens", "phase2")[-1] == 60 * base.config.batch_size
 
 
@@ -135,7 +135,7 @@ def test_the_last_step_of_a_phase_is_logged_however_short_it_is(
     config = planted_config(STEPS, runtime={"log_every_steps": 25, "device": "cpu"})
     run = run_phases(config, calibrations(config), tmp_path)
     assert column(run, "step") == [25, 50, 58]
-    assert column(run, "step", "phase2") == [60]
+    assert column(run, "step", "phase2") == [58 + 4 * 2]
 
 
 def test_phase_two_enters_without_a_bump(base: Run) -> None:
@@ -375,3 +375,14 @@ def test_a_step_whose_lists_were_too_short_is_done_again_with_more_room(
         margins.append(state.sae.list_margin)
     assert margins == [1.0, 2.0]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_rate_that_is_too_high_is_held_and_said_so(
+    calibrations: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    high = planted_config(STEPS, lr=0.1, runtime={"log_every_steps": 1, "device": "cpu"})
+    run = run_phases(high, calibrations(high), tmp_path / "high")
+    limit = 0.05 / PlantedModel().d_model ** 0.5
+    assert f"lr = 0.1 is held at {limit:.3g}" in caplog.text
+    assert max(column(run, "lr")) == pytest.approx(limit)
+    assert max(column(run, "lr", "phase2")) == pytest.approx(limit / 10)

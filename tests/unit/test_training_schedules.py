@@ -14,12 +14,14 @@ from spalf.controller import Ema, initial_state
 from spalf.training.loop import check_convergence, phase_end
 from spalf.training.metrics import MetricsLog
 from spalf.training.phase import Phase
+from spalf.training.position import tokens_seen
 from spalf.training.schedules import (
     LAMBDA_DISC_MAX,
     cooldown_progress,
     l0_reference,
     lambda_disc,
     learning_rate,
+    peak_learning_rate,
 )
 from spalf.training.state import TrainState
 from tests.helpers_planted import planted_config
@@ -31,16 +33,22 @@ COOLDOWN = PLAN.phase1_steps - PLAN.cooldown_steps
 
 def test_steps_add_up_to_the_budget() -> None:
     assert PLAN.total_steps == 2000
-    assert (PLAN.phase1_steps, PLAN.phase2_steps) == (1940, 60)
+    assert (PLAN.phase1_steps, PLAN.phase2_steps) == (1940, 4 * 60)
     assert schedule(planted_config(2000, method={"phase2_fraction": 0.0})).phase2_steps == 0
 
 
 def test_learning_rate_warms_up_holds_and_decays_to_a_tenth() -> None:
-    rates = [learning_rate(PLAN, 2.0, step, COOLDOWN) for step in range(PLAN.total_steps)]
+    rates = [learning_rate(PLAN, 2.0, step, COOLDOWN) for step in range(1940 + 4 * 60)]
     assert rates[0] == pytest.approx(2.0 / PLAN.warmup_steps)
     assert rates[PLAN.warmup_steps - 1 : COOLDOWN + 1] == [2.0] * (COOLDOWN + 2 - PLAN.warmup_steps)
     assert rates[COOLDOWN + PLAN.cooldown_steps // 2] == pytest.approx(2.0 * 0.55, rel=1e-3)
     assert rates[PLAN.phase1_steps :] == pytest.approx([0.2] * PLAN.phase2_steps)
+
+
+def test_no_column_is_turned_by_more_than_a_twentieth_of_a_radian_a_step() -> None:
+    assert peak_learning_rate(1e-3, 256) == 1e-3
+    assert peak_learning_rate(1e-2, 256) == pytest.approx(0.05 / 16)
+    assert peak_learning_rate(1e-2, 1024) == pytest.approx(0.05 / 32)
 
 
 def test_learning_rate_decay_follows_an_early_cooldown() -> None:
@@ -52,8 +60,8 @@ def test_l0_reference_falls_geometrically_to_the_target() -> None:
     half = PLAN.l0_ramp_steps // 2
     assert l0_reference(PLAN, 4.0, 0) == pytest.approx(16.0)
     assert l0_reference(PLAN, 4.0, half) == pytest.approx(8.0, rel=2e-3)
-    ratios = [l0_reference(PLAN, 4.0, s + 1) / l0_reference(PLAN, 4.0, s) for s in range(900)]
-    assert ratios == pytest.approx([ratios[0]] * 900)
+    ratios = [l0_reference(PLAN, 4.0, s + 1) / l0_reference(PLAN, 4.0, s) for s in range(190)]
+    assert ratios == pytest.approx([ratios[0]] * 190)
     assert l0_reference(PLAN, 4.0, PLAN.l0_ramp_steps) == 4.0
     assert l0_reference(PLAN, 4.0, PLAN.total_steps) == 4.0
 
@@ -184,3 +192,16 @@ def test_metrics_rows_are_exact_after_a_round_trip(tmp_path: Path) -> None:
     log.sync()
     assert json.loads(path.read_text())["l0"] == 1 / 3
     log.close()
+
+
+@pytest.mark.parametrize("seq_len, batch_size", [(16, 64), (16, 16), (8, 48)])
+def test_phase_two_spends_the_tokens_it_was_given(seq_len: int, batch_size: int) -> None:
+    """In steps of a quarter of a batch, or of one sequence where a batch has fewer than four."""
+    config = planted_config(100, seq_len=seq_len, batch_size=batch_size)
+    plan = schedule(config)
+    assert plan.phase2_sequences == max(1, batch_size // seq_len // 4)
+    end, steps = plan.phase1_steps, plan.phase1_steps + plan.phase2_steps
+    assert tokens_seen(config, 40, -1) == 40 * batch_size
+    assert tokens_seen(config, end, end) == end * batch_size
+    assert tokens_seen(config, end + 1, end) - end * batch_size == plan.phase2_sequences * seq_len
+    assert tokens_seen(config, steps, end) == plan.total_steps * batch_size
