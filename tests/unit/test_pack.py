@@ -91,8 +91,8 @@ def test_the_language_model_works_once_for_all(calibration: Path, tmp_path: Path
     first = {tmp_path / "one": config_of(*CELLS[0])}
     initialise_step(config_of(*CELLS[0]), calibration, tmp_path / "one/init", one)
     pack(first, calibration, tmp_path / "one.json", one)
-    patched = 16 + STEPS // 5  # at the entry, and one a step
-    entry_of_each = 16  # clean passes at the entry are not shared: cells enter one by one
+    patched = 64 + 4 * (STEPS // 5)  # at the entry, and one a step
+    entry_of_each = 64  # clean passes at the entry are not shared: cells enter one by one
     more = len(three.model.calls) - len(one.model.calls)
     assert more <= (len(CELLS) - 1) * (patched + entry_of_each)
     assert more >= (len(CELLS) - 1) * patched
