@@ -103,8 +103,8 @@ class MethodConfig(Frozen):
         l0_schedule: start at m·L0_target instead of at the target (M9).
         averaging: end Phase 2 with the mean of the weights over its second half (M16).
         phase2_fraction: share of the token budget given to end-to-end training (M16); 0 skips it.
-        phase2_lr: learning rate of end-to-end training; ``None`` means a tenth of ``lr``, at which
-            Phase 1 ends.
+        phase2_lr: learning rate of end-to-end training; ``None`` means the one at which Phase 1
+            ends, a tenth of its peak.
     """
 
     whitening: bool = True
@@ -176,9 +176,10 @@ class TrainConfig(Frozen):
         F: dictionary size (``d_sae`` elsewhere).
         L0_target: mean number of active features per token.
         R2_target: explained variance beyond which fidelity is not worth more features.
-        lr: peak Adam learning rate.
+        lr: peak Adam learning rate; held at 0.05/√d_model, and said so, where it is above that.
         total_tokens: training budget in activations, both phases together.
-        batch_size: activations (tokens, never sequences) per optimiser step.
+        batch_size: activations (tokens, never sequences) per optimiser step; Phase 2 takes a
+            quarter of them.
         seq_len: context length in tokens.
     """
 
