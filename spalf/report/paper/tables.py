@@ -207,8 +207,8 @@ def absorption_sheets(table: pd.DataFrame, results: Sequence[Result]) -> tuple[S
 
 
 def cost_sheet(table: pd.DataFrame, batch_size: Mapping[str, int]) -> Sheet:
-    """Optimiser steps, tokens, minutes of each step and memory of an SAE."""
-    names = ("steps", "tokens", "Phase 1, min", "Phase 2, min", "baseline, min", "evaluation, min")
+    """Batches of ``batch_size`` tokens, tokens, minutes of each step and memory of an SAE."""
+    names = ("batches", "tokens", "Phase 1, min", "Phase 2, min", "baseline, min", "evaluation, min")
     rows = []
     for (model, line, target), seeds in curves(table):
         if line == RANDOM:
@@ -220,8 +220,8 @@ def cost_sheet(table: pd.DataFrame, batch_size: Mapping[str, int]) -> Sheet:
             spread(seeds[f"seconds_{step}"] / 60, ".1f") if f"seconds_{step}" in seeds else NONE
             for step in ("phase1", "phase2", "baseline", "evaluate")
         ]
-        steps = total // size if total and size else None
-        numbers = (number(steps, ",d"), number(total, ",d"))
+        batches = total // size if total and size else None
+        numbers = (number(batches, ",d"), number(total, ",d"))
         memory = spread(seeds["memory_mb"], ".0f")
         rows.append((model, line, target, *numbers, *minutes, memory))
     return Sheet("cost", (*LABEL, *names, "memory, MB"), rows)
