@@ -24,6 +24,8 @@ from spalf.training.state import TrainState, from_checkpoint, load_sae, make_opt
 
 logger = logging.getLogger(__name__)
 
+PROCEDURE = 2
+"""Raised when the same settings train another SAE: what is there of an earlier one is made anew."""
 LAMBDA_START = [4.0, 0.0, 0.0]
 """Multipliers at step 0, in the order of `spalf.constraints.CONSTRAINTS`."""
 
@@ -173,7 +175,7 @@ def _identity(config: RunConfig, known: Calibration, inputs: Mapping[str, Path])
         metadata = read_metadata(path)
         _require_same_run(path, metadata.get("config", {}), training_settings(config))
         digests[name] = metadata["digests"]
-    return fingerprint(training_settings(config), digests)
+    return fingerprint({**training_settings(config), "procedure": PROCEDURE}, digests)
 
 
 def _require_same_run(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -202,3 +202,18 @@ def test_a_finished_phase_is_not_run_again(calibration: Path, init: Path, tmp_pa
     before = (tmp_path / "phase1" / "metadata.json").stat().st_mtime_ns
     run(CONFIG, calibration, init, tmp_path, context(lambda: True))
     assert (tmp_path / "phase1" / "metadata.json").stat().st_mtime_ns == before
+
+
+def test_what_an_earlier_procedure_trained_is_not_taken_for_what_this_one_would(
+    calibration: Path, init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "phase1"
+    monkeypatch.setattr("spalf.steps.train.PROCEDURE", 1)
+    phase1(CONFIG, calibration, init, out, context())
+    before = (out / "metadata.json").stat().st_mtime_ns
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"procedure \(1 there, 2 here\)"):
+        phase1(CONFIG, calibration, init, out, context())
+    anew = dataclasses.replace(context(), if_foreign="restart")
+    phase1(CONFIG, calibration, init, out, anew)
+    assert (out / "metadata.json").stat().st_mtime_ns != before
