@@ -208,7 +208,7 @@ def absorption_sheets(table: pd.DataFrame, results: Sequence[Result]) -> tuple[S
 
 def cost_sheet(table: pd.DataFrame, batch_size: Mapping[str, int]) -> Sheet:
     """Batches of ``batch_size`` tokens, tokens, minutes of each step and memory of an SAE."""
-    names = ("batches", "tokens", "Phase 1, min", "Phase 2, min", "baseline, min", "evaluation, min")
+    minutes_of = ("Phase 1, min", "Phase 2, min", "baseline, min", "evaluation, min")
     rows = []
     for (model, line, target), seeds in curves(table):
         if line == RANDOM:
@@ -224,7 +224,7 @@ def cost_sheet(table: pd.DataFrame, batch_size: Mapping[str, int]) -> Sheet:
         numbers = (number(batches, ",d"), number(total, ",d"))
         memory = spread(seeds["memory_mb"], ".0f")
         rows.append((model, line, target, *numbers, *minutes, memory))
-    return Sheet("cost", (*LABEL, *names, "memory, MB"), rows)
+    return Sheet("cost", (*LABEL, "batches", "tokens", *minutes_of, "memory, MB"), rows)
 
 
 def settings_sheet(results: Sequence[Result]) -> Sheet:
