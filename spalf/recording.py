@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 
-# Beginning a recording waits for the whole device, which another thread's may not be made to do.
-_one_at_a_time = threading.Lock()
+_launching = threading.RLock()
+
+
+@contextmanager
+def launching() -> Iterator[None]:
+    """Launch kernels one by one where another thread may want to record.
+
+    Beginning a recording waits for the whole device and takes cuBLAS's workspaces away; a thread
+    that is between asking for a workspace and using it must not be disturbed so.
+    """
+    with _launching:
+        yield
+
+
+def training_stream() -> torch.cuda.Stream:
+    """A stream on which no other thread harvests activations.
+
+    There are 32 streams of each priority, handed out in turn, so that two callers may get the same
+    one. Harvests take theirs from the lowest priority, which is the default.
+    """
+    return torch.cuda.Stream(priority=-1)
 
 
 def record(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what ``function`` does on the GPU, without doing it.
 
-    Other threads may go on using the GPU meanwhile, each on a stream of its own.
+    Other threads may go on using the GPU meanwhile, each on a stream of its own. Graphs may be
+    replayed side by side: no two of them share a workspace of cuBLAS.
 
     Args:
         function: has been run before, so that everything it needs is compiled and loaded.
@@ -29,6 +50,23 @@ def record(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         RuntimeError: it does something that cannot be recorded, such as waiting for the device.
     """
     graph = torch.cuda.CUDAGraph()
-    with _one_at_a_time, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with (
+        launching(),
+        _workspaces_of_its_own(),
+        torch.cuda.graph(graph, stream=training_stream(), capture_error_mode="thread_local"),
+    ):
         result = function()
     return graph, result
+
+
+@contextmanager
+def _workspaces_of_its_own() -> Iterator[None]:
+    """Have cuBLAS ask for new workspaces, in the memory of the graph, and forget them at the end.
+
+    It keeps one for each stream it was called on, and streams come again.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()

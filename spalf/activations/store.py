@@ -11,6 +11,7 @@ from spalf.activations.buffer import buffer_position, mixed_batches
 from spalf.activations.ring import BlockRing
 from spalf.data import SequenceStream
 from spalf.models import LanguageModel, replayed_activations
+from spalf.recording import launching
 
 HARVEST_TOKENS = 8192
 """Tokens per forward pass of the language model; fixed, so that a re-harvest is bit-identical."""
@@ -57,7 +58,10 @@ class ActivationStore:
         per_pass = max(1, HARVEST_TOKENS // self.stream.seq_len)
         for first in range(start, start + count, per_pass):
             taken = min(per_pass, start + count - first)
-            yield self._activations(self._read(first, taken)).flatten(0, 1)
+            tokens = self._read(first, taken)
+            with launching():
+                activations = self._activations(tokens)
+            yield activations.flatten(0, 1)
 
     def _read(self, start: int, count: int) -> Tensor:
         self.before_pass()

@@ -13,7 +13,7 @@ from spalf.baselines.recipes import build, hyperparameters
 from spalf.bench.problem import Pool, Shape, config_for, hold_at_target, run_on, steady
 from spalf.bench.timing import steps_ms
 
-SETTLING_STEPS = 1500
+SETTLING_STEPS = 700
 """Steps before SPALF's are timed, so that some features are common and others rare."""
 
 

@@ -1,4 +1,4 @@
-"""Work that a recorded step does beside the rest."""
+"""Work that a GPU does beside the rest: of one step, or of several SAEs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from contextlib import contextmanager
 
 import torch
 
+from spalf.recording import training_stream
+
 
 class Branch:
-    """A branch of the CUDA graph being recorded; where none is, an ordinary stretch of code.
+    """A CUDA stream beside the current one; without one, an ordinary stretch of code.
 
     A step has some hundreds of kernels that are too small to fill a GPU. On branches they run
     beside the few that read and write whole matrices. What a branch makes may be used after
     `join`; whatever it reads has to live until then.
+
+    Args:
+        stream: of the branch.
     """
 
-    def __init__(self) -> None:
-        recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        self._stream = torch.cuda.Stream() if recording else None
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
         self._begun = False
+
+    @classmethod
+    def of_recording(cls) -> Branch:
+        """A branch of the CUDA graph that is being recorded, if one is."""
+        recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return cls(training_stream() if recording else None)
 
     @contextmanager
     def beside(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from spalf.config import RunConfig, schedule
 from spalf.controller.controller import pack, unpack
 from spalf.kernels import choose
-from spalf.recording import record
+from spalf.recording import launching, record, training_stream
 from spalf.sae import SAEOutput
 from spalf.training.phase import Phase
 from spalf.training.state import TrainState
@@ -83,7 +83,8 @@ class GraphedStep:
         self._batch.copy_(batch)
         if self._recorded is None:
             if self._warm < WARM_UP_STEPS:
-                step, output = self._on_side_stream()
+                with launching():
+                    step, output = self._on_side_stream()
                 self._warm += 1
                 finish_step(self._state, output, self._config)
                 return step
@@ -109,7 +110,7 @@ class GraphedStep:
 
     def _on_side_stream(self) -> tuple[StepRecord, SAEOutput]:
         """Run a step where a recording will be made, as recordings ask for."""
-        side = torch.cuda.Stream()
+        side = training_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             done = self._advance()
