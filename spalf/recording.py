@@ -1,4 +1,7 @@
-"""CUDA graphs: kernels recorded once and replayed without the host launching each of them."""
+"""CUDA graphs: kernels recorded once and replayed without the host launching each of them.
+
+And branches, on which a GPU does something beside the rest.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,8 @@ def record(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what ``function`` does on the GPU, without doing it.
 
     Other threads may go on using the GPU meanwhile, each on a stream of its own. Graphs may be
-    replayed side by side: no two of them share a workspace of cuBLAS.
+    replayed side by side, as those of a harvest and of a step are: no two share a workspace of
+    cuBLAS.
 
     Args:
         function: has been run before, so that everything it needs is compiled and loaded.
@@ -70,3 +74,41 @@ def _workspaces_of_its_own() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+class Branch:
+    """A CUDA stream beside the current one; without one, an ordinary stretch of code.
+
+    A step has some hundreds of kernels that are too small to fill a GPU. On branches they run
+    beside the few that read and write whole matrices. What a branch makes may be used after
+    `join`; whatever it reads has to live until then.
+
+    Args:
+        stream: of the branch.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        self._begun = False
+
+    @classmethod
+    def of_recording(cls) -> Branch:
+        """A branch of the CUDA graph that is being recorded, if one is."""
+        recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return cls(training_stream() if recording else None)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What runs in here follows what came before it, and nothing else."""
+        if self._stream is None:
+            yield
+            return
+        self._begun = True
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What follows comes after the branch."""
+        if self._stream is not None and self._begun:
+            torch.cuda.current_stream().wait_stream(self._stream)

@@ -2,7 +2,7 @@
 
 from spalf.constraints.drift import drift_violation
 from spalf.constraints.faithfulness import blended_error, faithfulness_violation
-from spalf.constraints.metric import fisher_error, fisher_factor
+from spalf.constraints.metric import fisher_factor
 from spalf.constraints.orthogonality import (
     coactive_cosine_squared,
     orthogonality_violation,
@@ -17,7 +17,6 @@ __all__ = [
     "coactive_cosine_squared",
     "drift_violation",
     "faithfulness_violation",
-    "fisher_error",
     "fisher_factor",
     "orthogonality_violation",
     "strongest_features",

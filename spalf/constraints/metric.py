@@ -37,18 +37,3 @@ def fisher_factor(fisher: Tensor, covariance: Tensor) -> Tensor:
     identity = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
     scaled = fisher * (float(covariance.trace()) / explained)
     return torch.linalg.cholesky((1 - FISHER_SHARE) * identity + FISHER_SHARE * scaled).float()
-
-
-def fisher_error(residual: Tensor, factor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """E‖r‖²_M, the error in the metric of a factor.
-
-    Args:
-        residual: r, ``[tokens, d_model]``.
-        factor: R of `fisher_factor`.
-        dtype: of the operands of the product rR.
-
-    Returns:
-        scalar of at least float32.
-    """
-    product = residual.to(dtype) @ factor.to(dtype)
-    return product.to(residual.dtype).square().sum(dim=-1).mean()

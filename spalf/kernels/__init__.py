@@ -12,6 +12,7 @@ from spalf.kernels.autoencode import (
     list_capacity,
 )
 from spalf.kernels.dispatch import Choice, Implementation, choose, jumprelu
+from spalf.kernels.errors import squared_errors
 from spalf.kernels.reference import Surrogate
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "choose_lists",
     "jumprelu",
     "list_capacity",
+    "squared_errors",
 ]

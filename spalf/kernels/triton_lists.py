@@ -2,7 +2,8 @@
 
 One pass over the pre-activations counts the entries (token, feature) whose gate is open or which
 lie in the surrogate's window, and leaves two bits for each pair; a second one turns the bits into
-lists, token by token; a stable sort gives the same list feature by feature.
+lists, token by token; a stable sort gives the same list feature by feature. Decoding needs only the
+former, so the sort runs beside it.
 
 Nothing here waits for the host. The lists have a fixed capacity; what does not fit is left out,
 and `EntryLists.overflow` says so.
@@ -20,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from spalf.recording import Branch
 
 COUNT_COLUMNS = 512
 """Pre-activations a counting program looks at in one go."""
@@ -41,6 +44,8 @@ class EntryLists(NamedTuple):
             which those of its window alone do, ``[2·d_sae + 1]``.
         order: the entries in feature order, active ones first, int64 ``[capacity]``.
         overflow: whether entries had to be left out, bool scalar.
+        sorting: to be joined before ``feature_start`` and ``order`` are used.
+        key: what is sorted, ``[capacity]``.
     """
 
     token_start: Tensor
@@ -51,6 +56,8 @@ class EntryLists(NamedTuple):
     feature_start: Tensor
     order: Tensor
     overflow: Tensor
+    sorting: Branch
+    key: Tensor
 
 
 class Scanned(NamedTuple):
@@ -214,11 +221,13 @@ def scan(
         raw, bias, mask, token_start, active_end, feature, key, token, value,
         capacity, n_rows, n_columns, n_words, WORDS=FILL_WORDS, num_warps=FILL_WARPS,
     )  # fmt: skip
-    by_feature = torch.sort(key, stable=True)
-    bounds = torch.arange(2 * n_columns + 1, dtype=torch.int32, device=device)
-    feature_start = torch.searchsorted(by_feature.values, bounds, out_int32=True)
+    sorting = Branch.of_recording()
+    with sorting.beside():
+        by_feature = torch.sort(key, stable=True)
+        bounds = torch.arange(2 * n_columns + 1, dtype=torch.int32, device=device)
+        feature_start = torch.searchsorted(by_feature.values, bounds, out_int32=True)
     lists = EntryLists(
         token_start, active_end, feature, token, value, feature_start, by_feature.indices,
-        token_start[-1] > capacity,
+        token_start[-1] > capacity, sorting, key,
     )  # fmt: skip
     return Scanned(l0, sub, fired, lists)

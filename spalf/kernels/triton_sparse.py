@@ -319,6 +319,7 @@ def gradients(
     """
     d_sae, width = decoder.shape
     device, capacity = decoder.device, lists.feature.numel()
+    lists.sorting.join()
     dx, dl0, dsub = (None if grad is None else grad.contiguous() for grad in upstream)
     d_entry = torch.empty(capacity, device=device)
     # The kernels never follow an absent tensor's pointer; `threshold` only stands in for it.

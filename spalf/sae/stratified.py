@@ -40,25 +40,19 @@ class SAEOutput:
     """One forward pass over ``tokens`` activations, in the SAE's own units (see `StratifiedSAE`).
 
     Attributes:
-        target: x/scale, ``[tokens, d_model]``.
+        x: the activations, ``[tokens, d_model]``.
         encoded: what the kernels found; its reconstruction is that of x/scale.
         scale: of the SAE.
     """
 
-    target: Tensor
+    x: Tensor
     encoded: Autoencoded
     scale: float
 
     @property
     def residual(self) -> Tensor:
         """(x − x̂)/scale, ``[tokens, d_model]``."""
-        return self.target - self.encoded.x_hat
-
-    @property
-    def mse(self) -> Tensor:
-        """E‖x − x̂‖²/scale², a scalar: a mean over tokens, a sum over their coordinates."""
-        total = functional.mse_loss(self.encoded.x_hat, self.target, reduction="sum")
-        return total / len(self.target)
+        return self.x / self.scale - self.encoded.x_hat
 
     @property
     def x_hat(self) -> Tensor:
@@ -190,7 +184,7 @@ class StratifiedSAE(nn.Module):
         rows = tokens if sub_rows is None else min(sub_rows, tokens)
         plan = Plan(self.surrogate, self.precision, self.kernel, rows, lists, capacity)
         encoded = autoencode(self.whitener.whiten(x), parameters, plan, meanwhile)
-        return SAEOutput(x / self.scale, encoded, self.scale)
+        return SAEOutput(x, encoded, self.scale)
 
     def _operands(self) -> tuple[Tensor, Tensor] | None:
         """Encoder and decoder in bfloat16, made anew where something but `adam` changed them."""

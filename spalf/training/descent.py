@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from spalf.kernels import choose
+from spalf.recording import Branch
 from spalf.sae import ParameterRows
-from spalf.training.branch import Branch
 from spalf.training.state import TrainState
 
 THRESHOLD_STEP = 3.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,7 @@ from torch import Tensor
 from spalf.config import RunConfig, Schedule, schedule
 from spalf.controller import ema_value
 from spalf.errors import Diverged, Interrupted, StopRequested
-from spalf.recording import training_stream
 from spalf.training.average import WeightAverage
-from spalf.training.branch import Branch
 from spalf.training.graph import stepper
 from spalf.training.phase import Phase
 from spalf.training.position import described, stream_position
@@ -74,25 +72,11 @@ class PhaseRun:
         self._plan = schedule(config)
         self._step = stepper(state, phase, config)
         self._batches: Iterator[Tensor] | None = None
-        self._drawn: Tensor | None = None
-        self._saved_at: int | None = None
 
     @property
     def done(self) -> bool:
         """Whether the phase has ended."""
         return self.state.step >= phase_end(self.state, self.phase, self._plan)
-
-    def draw(self) -> None:
-        """Have the batch of the coming step ready.
-
-        Raises:
-            Interrupted: asked to stop while activations were harvested; a checkpoint was written
-                first.
-        """
-        if self._drawn is None:
-            self._batches = self._batches or self._batches_from_here()
-            with self._saved_if_stopped():
-                self._drawn = next(self._batches)
 
     def advance(self) -> None:
         """Take one step, or go back to before one that came to nothing.
@@ -103,23 +87,17 @@ class PhaseRun:
             Diverged: something was not finite; a checkpoint of the state before that step was
                 written.
         """
-        with self._saved_if_stopped():
-            self._advance()
-
-    @contextmanager
-    def _saved_if_stopped(self) -> Iterator[None]:
         try:
-            yield
+            self._advance()
         except StopRequested:
             self.save()
             raise Interrupted(self.state.step) from None
 
     def _advance(self) -> None:
         state, hooks = self.state, self.hooks
-        self.draw()
-        assert self._drawn is not None
-        batch, self._drawn = self._drawn, None
-        record = self._step(batch)
+        if self._batches is None:
+            self._batches = self._batches_from_here()
+        record = self._step(next(self._batches))
         self._take_average()
         stop, due = hooks.should_stop(), hooks.checkpoint_due(state.step)
         # The last step is logged as well, or a short phase would leave no row at all.
@@ -139,7 +117,7 @@ class PhaseRun:
         if checked and self.phase.may_converge:
             check_convergence(state, self._plan)
         if stop or due:
-            self.save()
+            hooks.checkpoint(state)
         if stop:
             raise Interrupted(state.step)
 
@@ -152,11 +130,9 @@ class PhaseRun:
         state.average.add(state.sae, unless=state.guard.found)
 
     def save(self) -> None:
-        """Write a checkpoint, between two steps, unless the latest is of this step."""
+        """Write a checkpoint, between two steps."""
         self.state.guard.rewind(self.state)
-        if self._saved_at != self.state.step:
-            self.hooks.checkpoint(self.state)
-            self._saved_at = self.state.step
+        self.hooks.checkpoint(self.state)
 
     def _batches_from_here(self) -> Iterator[Tensor]:
         return self.phase.batches(self.state.step - self.phase.first_step)
@@ -197,9 +173,8 @@ def run_together(runs: Sequence[PhaseRun]) -> dict[int, Diverged]:
     """Train several SAEs to the end of their phase, in step with one another.
 
     Each is trained exactly as it would be alone. As they ask for the same part of the stream at
-    the same time, it is harvested once; on a GPU their steps run side by side. Those that are
-    behind, because they resumed from an earlier checkpoint or had to go back, go first until they
-    have caught up.
+    the same time, it is harvested once. Those that are behind, because they resumed from an
+    earlier checkpoint or had to go back, go first until they have caught up.
 
     Args:
         runs: of one stream of activations.
@@ -211,45 +186,21 @@ def run_together(runs: Sequence[PhaseRun]) -> dict[int, Diverged]:
         Interrupted: asked to stop; checkpoints of all of them were written first.
     """
     diverged: dict[int, Diverged] = {}
-    lanes = [_lane(run) if len(runs) > 1 else Branch(None) for run in runs]
     while pending := {i: r for i, r in enumerate(runs) if i not in diverged and not r.done}:
         behind = min(run.state.step for run in pending.values())
-        now = {i: run for i, run in pending.items() if run.state.step == behind}
-        try:
-            diverged |= _side_by_side(now, lanes)
-        except Interrupted:
-            for place, run in enumerate(runs):
-                if place not in diverged:
-                    with suppress(Diverged):  # its last good checkpoint is kept
-                        run.save()
-            raise
-    return diverged
-
-
-def _lane(run: PhaseRun) -> Branch:
-    """Where the steps of ``run`` go: a stream of its own, if they need nothing of one another.
-
-    In Phase 2 the runs share what the language model says without an SAE.
-    """
-    device = run.state.stale.device
-    return Branch(training_stream() if device.type == "cuda" and run.phase.number == 1 else None)
-
-
-def _side_by_side(runs: Mapping[int, PhaseRun], lanes: Sequence[Branch]) -> dict[int, Diverged]:
-    """One step of each; all batches are drawn first, so that no harvest falls between the steps."""
-    diverged = {}
-    for run in runs.values():
-        run.draw()
-    try:
-        for index, run in runs.items():
+        for index, run in pending.items():
+            if run.state.step > behind:
+                continue
             try:
-                with lanes[index].beside():
-                    run.advance()
+                run.advance()
             except Diverged as error:
                 diverged[index] = error
-    finally:
-        for index in runs:
-            lanes[index].join()
+            except Interrupted:
+                for place, other in enumerate(runs):
+                    if other is not run and place not in diverged:
+                        with suppress(Diverged):  # its last good checkpoint is kept
+                            other.save()
+                raise
     return diverged
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from spalf.activations import ActivationStore, patched_losses
 from spalf.config import RunConfig, Schedule, schedule
-from spalf.constraints import blended_error, fisher_error
+from spalf.constraints import blended_error
 from spalf.controller import ControllerGains
-from spalf.kernels import Meanwhile
+from spalf.kernels import Meanwhile, squared_errors
 from spalf.sae import SAEOutput, StratifiedSAE
 from spalf.training.position import first_sequence_of_phase_two
 from spalf.training.schedules import l0_reference
@@ -215,11 +215,11 @@ def _reconstruction_errors(
     sae: StratifiedSAE, output: SAEOutput, metric: str
 ) -> tuple[Tensor, Tensor]:
     """The error in the constraint's metric (with gradient) and the plain one (detached)."""
-    mse = output.mse
-    if metric == "euclidean":
-        return mse, mse.detach()
-    if metric == "fisher":
-        assert sae.metric_factor is not None
-        dtype = torch.bfloat16 if sae.precision == "bfloat16" else torch.float32
-        return fisher_error(output.residual, sae.metric_factor, dtype), mse.detach()
-    return sae.whitener.mahalanobis(output.residual * sae.scale).mean(), mse.detach()
+    factor = sae.metric_factor if metric == "fisher" else None
+    dtype = torch.bfloat16 if sae.precision == "bfloat16" else torch.float32
+    error, mse = squared_errors(
+        output.encoded.x_hat, output.x, sae.scale, factor, dtype, implementation=sae.kernel
+    )
+    if metric == "mahalanobis":
+        error = sae.whitener.mahalanobis(output.residual * sae.scale).mean()
+    return error, mse

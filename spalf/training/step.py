@@ -21,8 +21,8 @@ from spalf.controller import ControllerReading, update
 from spalf.controller.controller import pack, unpack
 from spalf.kernels import PreActivations
 from spalf.lagrangian import augmented_lagrangian, sparsity_objective
+from spalf.recording import Branch
 from spalf.sae import ParameterRows, SAEOutput, StratifiedSAE
-from spalf.training.branch import Branch
 from spalf.training.descent import descend
 from spalf.training.phase import Observation, Phase
 from spalf.training.position import tokens_seen

@@ -1,4 +1,4 @@
-"""SAEs trained side by side on one GPU end where each would have ended alone, bit for bit."""
+"""SAEs trained together on one GPU end where each would have ended alone, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 SHAPE = Shape(d_model=256, F=4096, L0=32, batch=2048)
 STEPS = 230
-"""Past two refreshes of the bandwidth, which wait for the device in the middle of a round."""
+"""Past two refreshes of the bandwidth, which wait for the device."""
 
 
 def weights_of(targets: list[float], pool: Pool) -> list[list[torch.Tensor]]:
@@ -44,8 +44,8 @@ def weights_of(targets: list[float], pool: Pool) -> list[list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("cells", [3, 12])
-def test_side_by_side_as_alone(cells: int) -> None:
-    """Twelve need more streams than CUDA gives out before the first comes again."""
+def test_together_as_alone(cells: int) -> None:
+    """Twelve record on more streams than torch has before the first comes again."""
     pool = Pool(SHAPE, torch.device("cuda"))
     targets = [8.0 * 1.3**index for index in range(cells)]
     together = weights_of(targets, pool)

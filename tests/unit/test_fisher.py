@@ -13,9 +13,10 @@ from torch import Tensor
 
 from spalf.activations import fisher_information
 from spalf.checkpoint import read_checkpoint
-from spalf.constraints import fisher_error, fisher_factor
+from spalf.constraints import fisher_factor
 from spalf.constraints.metric import FISHER_SHARE
 from spalf.errors import UserError
+from spalf.kernels import squared_errors
 from spalf.steps import initialise_step
 from spalf.steps.calibrate import calibration_settings, load_calibration
 from spalf.training.state import load_sae
@@ -100,7 +101,8 @@ def test_the_factor_gives_half_the_squared_norm_and_half_the_fisher_information(
     r = torch.randn(7, 16, dtype=torch.float64)
     expected = (1 - FISHER_SHARE) * r.square().sum(dim=1)
     expected += FISHER_SHARE * share * torch.einsum("bi,ij,bj->b", r, fisher, r)
-    error = fisher_error(r, factor.double(), torch.float64)
+    error, mse = squared_errors(-r, torch.zeros_like(r), 1.0, factor.double(), torch.float64)
+    torch.testing.assert_close(mse, r.square().sum(dim=1).mean())
     torch.testing.assert_close(error, expected.mean(), rtol=1e-5, atol=0)
 
 
@@ -110,7 +112,7 @@ def test_the_error_and_its_gradient_in_bfloat16_are_those_of_float32() -> None:
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         r = torch.randn(512, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        error = fisher_error(r, factor, dtype)
+        error, _ = squared_errors(-r, torch.zeros_like(r), 1.0, factor, dtype)
         assert error.dtype == torch.float32
         found.append((error.detach(), torch.autograd.grad(error, r)[0]))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-3, atol=0)
