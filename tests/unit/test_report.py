@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from spalf.errors import UserError
 from spalf.report import aggregate, control_figure, figures, pareto_figures, write_tables
 from spalf.report.aggregate import FRONTIER_COLUMNS
 from spalf.report.figures import _phase2_span
+from spalf.report.paper.comparisons import best_baseline_sheet
 from spalf.report.records import read_metrics
 from tests.workflow import synthetic
 
@@ -296,3 +298,30 @@ def test_damaged_metrics_are_named(tmp_path: Path, text: str, words: str) -> Non
 def test_report_imports_no_torch() -> None:
     probe = "import sys, spalf.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], timeout=60).returncode == 0
+
+
+def test_the_best_baseline_is_read_off_its_own_curve_at_our_l0() -> None:
+    """Two baselines that cross; SPALF lands 1 % above the last target of one of them."""
+    rows = [
+        ("spalf", "spalf", 16, 16.0, 0.10, 0.90),
+        ("spalf", "spalf", 64, 64.64, 0.031, 0.96),
+        ("spalf", "long", 64, 64.64, 0.02, 0.95),
+        ("one", "one", 16, 16.0, 0.16, 0.89),
+        ("one", "one", 64, 64.0, 0.04, 0.96),
+        ("two", "two", 16, 16.0, 0.12, 0.91),
+        ("two", "two", 64, 64.0, 0.06, 0.97),
+        ("random", "random", 16, 16.0, 0.01, 0.99),
+    ]
+    columns = ["method", "line", "L0_target", "l0", "delta_ce", "explained_variance"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["phase1_explained_variance"] = table["explained_variance"] + 0.01
+    table["variant"] = ["long" if line == "long" else "" for line in table["line"]]
+    table = table.assign(model="m", seed=0, l0_error=0.01, dead_fraction=0.002)
+    found = {row[1:3]: row for row in best_baseline_sheet(table).rows}
+    assert found.keys() == {("spalf", "16"), ("spalf", "64"), ("long", "64")}
+    assert found["spalf", "16"][7:10] == ("two", "0.1200", "0.833")
+    there = 0.04 * 1.01**-1  # one's slope in log-log is −1
+    assert found["spalf", "64"][7:10] == ("one", f"{there:.4f}", f"{0.031 / there:.3f}")
+    assert found["long", "64"][9] == f"{0.02 / there:.3f}"
+    best_variance = 0.97 + 0.06 * math.log(1.01) / math.log(4)
+    assert found["spalf", "64"][11] == f"+{0.97 - best_variance:.4f}".replace("+-", "−")

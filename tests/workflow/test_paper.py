@@ -117,6 +117,7 @@ def test_two_builds_are_equal_byte_for_byte(built: dict[str, bytes], place: Path
 def test_every_section_of_the_manuscript_has_its_table_and_figure(built: dict[str, bytes]) -> None:
     filled = {
         *("frontier", "comparison", "settings", "sanity", "phases", "ablations", "sensitivity"),
+        "best_baseline",
         *("control", "drift", "dictionary", "consistency", "probing", "absorption", "cost"),
     }
     for name in filled:
@@ -189,6 +190,9 @@ def test_baselines_are_compared_at_equal_l0(built: dict[str, bytes]) -> None:
     ratio = 1 / 0.8 / 0.8
     assert row[:3] == ["tiny", "batchtopk", f"{ratio:.2f}"]
     assert row[5:] == ["4", "0"]
+    best = rows(built, "best_baseline")
+    assert {row[7] for row in best} == {"batchtopk"}
+    assert {row[9] for row in best if row[1] == "spalf"} == {f"{1 / ratio:.3f}"}
 
 
 def test_variants_are_ablations_constants_or_learning_rates(built: dict[str, bytes]) -> None:
@@ -374,15 +378,16 @@ def test_numbers_that_are_not_there_are_dashes() -> None:
     assert number(12.0, "d") == "12"
 
 
-def test_the_page_of_results_is_in_step_with_the_files_it_is_written_from() -> None:
+@pytest.mark.parametrize("name", ["results", "results-sensitivity"])
+def test_pages_of_results_are_in_step_with_the_files_they_are_written_from(name: str) -> None:
     docs = ROOT / "docs"
-    remedy = "run python -m workflow.scripts.write_results_page results/paper"
-    page = (docs / "results.md").read_text(encoding="utf-8")
-    assert page == results_page(docs / "results", "images/results"), remedy
-    pictures = re.findall(r"\((images/results/[^)]+)\)", page)
+    remedy = f"run python -m workflow.scripts.write_results_page results/paper --name {name}"
+    page = (docs / f"{name}.md").read_text(encoding="utf-8")
+    assert page == results_page(docs / name, f"images/{name}"), remedy
+    pictures = re.findall(rf"\((images/{name}/[^)]+)\)", page)
     assert len(pictures) >= 5
-    assert all((docs / picture).exists() for picture in pictures)
-    built = json.loads((docs / "results" / "numbers.json").read_text(encoding="utf-8"))["built"]
+    assert {(docs / picture) for picture in pictures} == set((docs / "images" / name).iterdir())
+    built = json.loads((docs / name / "numbers.json").read_text(encoding="utf-8"))["built"]
     assert f"commit `{built['commit']}`" in page and built["machine"] in page
 
 

@@ -1,6 +1,6 @@
-"""Write ``docs/results.md`` from a manuscript's numbers, tables and figures.
+"""Write a page of results, ``docs/results.md`` or another, from a manuscript's numbers and figures.
 
-Example: python -m workflow.scripts.write_results_page results/paper
+Example: python -m workflow.scripts.write_results_page results/paper --name results-sensitivity
 """
 
 from __future__ import annotations
@@ -12,33 +12,32 @@ from pathlib import Path
 from spalf.report.paper.page import results_page
 
 DOCS = Path(__file__).parents[2] / "docs"
-SOURCES = "results"
-"""Below the documentation: the numbers and tables that the page is written from."""
-
-IMAGES = "images/results"
 
 
-def write(paper: Path, docs: Path = DOCS) -> Path:
+def write(paper: Path, docs: Path = DOCS, name: str = "results") -> Path:
     """Copy what the page needs from a manuscript's folder into ``docs``, and write the page.
 
     Args:
         paper: folder that ``spalf paper`` wrote.
         docs: the documentation.
+        name: of the page, of the folder of numbers and tables beside it, and of its images.
 
     Returns:
         The page.
     """
-    for target in (docs / SOURCES, docs / IMAGES):
+    sources, images = docs / name, docs / "images" / name
+    for target in (sources, images):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-    shutil.copyfile(paper / "numbers.json", docs / SOURCES / "numbers.json")
-    (docs / SOURCES / "tables").mkdir()
+    shutil.copyfile(paper / "numbers.json", sources / "numbers.json")
+    (sources / "tables").mkdir()
     for table in sorted((paper / "tables").glob("*.csv")):
-        shutil.copyfile(table, docs / SOURCES / "tables" / table.name)
+        shutil.copyfile(table, sources / "tables" / table.name)
+    page = docs / f"{name}.md"
+    page.write_text(results_page(sources, f"images/{name}"), encoding="utf-8")
     for picture in sorted((paper / "figures").glob("*.png")):
-        shutil.copyfile(picture, docs / IMAGES / picture.name)
-    page = docs / "results.md"
-    page.write_text(results_page(docs / SOURCES, IMAGES), encoding="utf-8")
+        if f"/{picture.name})" in page.read_text(encoding="utf-8"):
+            shutil.copyfile(picture, images / picture.name)
     return page
 
 
@@ -46,7 +45,9 @@ def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("paper", type=Path, help="folder of the manuscript, results/paper")
-    write(parser.parse_args().paper)
+    parser.add_argument("--name", default="results", help="of the page (default: results)")
+    given = parser.parse_args()
+    write(given.paper, name=given.name)
 
 
 if __name__ == "__main__":

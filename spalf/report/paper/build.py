@@ -226,6 +226,7 @@ def _write_tables(
         tables.phases_sheet(table),
         tables.control_sheet(table),
         comparisons.comparison_sheet(compared),
+        comparisons.best_baseline_sheet(table),
         *comparisons.variant_sheets(compared, found),
         sanity,
         tables.probing_sheet(plain),

@@ -52,14 +52,21 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _over_curve(points: pd.DataFrame, curve: pd.DataFrame) -> Any:
-    l0, delta = points["l0"].to_numpy(float), points["delta_ce"].to_numpy(float)
-    if len(curve) < 2:
-        return np.full(len(points), np.nan)
-    low, high = (1 - BEYOND) * curve["l0"].min(), (1 + BEYOND) * curve["l0"].max()
-    inside = (l0 >= low) & (l0 <= high) & (delta > 0)
-    logs = [np.log(curve[name].to_numpy(float)) for name in ("l0", "delta_ce")]
-    expected = np.exp(np.interp(np.log(np.maximum(l0, 1e-9)), *logs))
-    return np.where(inside, delta / expected, np.nan)
+    delta = points["delta_ce"].to_numpy(float)
+    logs = np.log(curve["delta_ce"].to_numpy(float))
+    expected = np.exp(_at(points["l0"].to_numpy(float), curve["l0"].to_numpy(float), logs))
+    return np.where(delta > 0, delta / expected, np.nan)
+
+
+def _at(l0: Any, curve_l0: Any, curve: Any) -> Any:
+    """A curve over log L0, at ``l0``: its nearest segment; missing where it is too far outside."""
+    if len(curve_l0) < 2:
+        return np.full(len(l0), np.nan)
+    known = (l0 >= (1 - BEYOND) * curve_l0[0]) & (l0 <= (1 + BEYOND) * curve_l0[-1])
+    x, at = np.log(curve_l0), np.log(np.where(known, l0, curve_l0[0]))
+    left = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
+    slope = (curve[left + 1] - curve[left]) / (x[left + 1] - x[left])
+    return np.where(known, curve[left] + slope * (at - x[left]), np.nan)
 
 
 def comparison_sheet(compared: pd.DataFrame) -> Sheet:
@@ -71,6 +78,58 @@ def comparison_sheet(compared: pd.DataFrame) -> Sheet:
         for (model, line), points in plain.groupby(["model", "line"], sort=False)
     ]
     return Sheet("comparison", header, rows)
+
+
+def best_baseline_sheet(table: pd.DataFrame) -> Sheet:
+    """SPALF, and each variant of it, beside the best baseline at the L0 that it came to.
+
+    Means over seeds. The baselines' curves are means over seeds as well, interpolated in log L0;
+    ΔCE in its logarithm. The best one is that with the lowest ΔCE there or, for explained
+    variance, with the highest. Largest over seeds: how far L0 is off, and the share of dead
+    features.
+    """
+    header = (
+        "model", "line", "L0 asked", "seeds", "L0", "off by", "ΔCE", "best baseline", "its ΔCE",
+        "ratio", "EV, Phase 1", "less the best", "dead",
+    )  # fmt: skip
+    rows = []
+    for model, found in table.groupby("model", sort=False):
+        plain = found[(found["variant"] == "") & ~found["method"].isin(["spalf", RANDOM])]
+        names = ["l0", "delta_ce", "explained_variance"]
+        curves = {
+            str(line): points.groupby("L0_target")[names].mean().sort_values("l0")
+            for line, points in plain[plain["delta_ce"] > 0].groupby("line", sort=False)
+        }
+        own = found[(found["method"] == "spalf") & (found["delta_ce"] > 0)]
+        for (line, target), points in own.groupby(["line", "L0_target"], sort=False):
+            row = _beside_the_best(points, curves)
+            if row:
+                rows.append((str(model), str(line), f"{target:g}", str(len(points)), *row))
+    return Sheet("best_baseline", header, rows)
+
+
+def _beside_the_best(
+    points: pd.DataFrame, curves: Mapping[str, pd.DataFrame]
+) -> tuple[str, ...] | None:
+    l0, delta = float(points["l0"].mean()), float(points["delta_ce"].mean())
+    deltas, variances = {}, []
+    for line, curve in curves.items():
+        at, x = np.array([l0]), curve["l0"].to_numpy(float)
+        value = float(np.exp(_at(at, x, np.log(curve["delta_ce"].to_numpy(float))))[0])
+        if value == value:  # it reaches there
+            deltas[line] = value
+            variances.append(float(_at(at, x, curve["explained_variance"].to_numpy(float))[0]))
+    if not deltas:
+        return None
+    best = min(deltas, key=deltas.__getitem__)
+    variance = float(points.get("phase1_explained_variance", points["explained_variance"]).mean())
+    return (
+        number(l0, ".2f"), number(float(points["l0_error"].abs().max()), ".1%"),
+        number(delta, ".4f"), best, number(deltas[best], ".4f"),
+        number(delta / deltas[best], ".3f"), number(variance, ".4f"),
+        number(variance - max(variances), "+.4f"),
+        number(float(points["dead_fraction"].max()), ".2%"),
+    )  # fmt: skip
 
 
 def _ratio(points: pd.DataFrame) -> tuple[str, ...]:

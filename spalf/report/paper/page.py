@@ -14,8 +14,7 @@ DEMO = "config/config.yaml"
 _DEMO_SAYS = (
     "This is the demo: small models, a budget for a laptop. Its dictionary sizes, learning rate "
     "and controller gains were chosen on these same held-out tokens, so it shows that everything "
-    "works, not what to expect elsewhere. A page from `config/bench.yaml` takes its place once "
-    "that has run."
+    "works, not what to expect elsewhere."
 )
 _ROWS = 40
 """Longer tables are left to the files beside the manuscript."""
@@ -39,10 +38,13 @@ _SECTIONS: Sequence[tuple[str, str, Sequence[str], Sequence[str]]] = (
     ),
     (
         "Against the baselines",
-        "ΔCE over that of SPALF's own frontier at the same L0: geometric mean, lowest, highest "
-        "over SAEs.",
+        "First SPALF and its variants beside the best baseline at the L0 they came to: means over "
+        "seeds, the baselines' curves interpolated in log L0 (ΔCE in its logarithm); how far L0 is "
+        "off and dead features are the largest over seeds. Then ΔCE of each baseline over that of "
+        "SPALF's own frontier at the same L0: geometric mean, lowest, highest over SAEs. Last what "
+        "each baseline was trained with.",
         (),
-        ("comparison", "settings"),
+        ("best_baseline", "comparison", "settings"),
     ),
     (
         "Against chance",
@@ -124,7 +126,9 @@ def results_page(folder: Path, images: str) -> str:
         images: where the page finds the PNG files of the figures.
     """
     numbers = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
-    parts = ["# Results", *_head(numbers), *_grid(numbers)]
+    config = numbers["built"]["config"]
+    title = f"# Results of {config}" if config else "# Results"
+    parts = [title, *_head(numbers), *_grid(numbers)]
     for title, text, figures, tables in _SECTIONS:
         shown = [_image(name, images) for key in figures for name in numbers["figures"][key]]
         shown += [made for name in tables if (made := _table(folder / "tables" / f"{name}.csv"))]
@@ -135,16 +139,17 @@ def results_page(folder: Path, images: str) -> str:
 
 def _head(numbers: dict[str, Any]) -> list[str]:
     built, counts = numbers["built"], numbers["counts"]
+    missing = len(counts["missing"])
+    rule = "paper_partial" if missing else "paper"
     packages = ", ".join(" ".join(pair) for pair in built["packages"])
     lines = [
         f"Written by `python -m workflow.scripts.write_results_page` from what "
-        f"`snakemake --configfile {built['config']} -- paper` made: {counts['saes']} SAEs, "
+        f"`snakemake --configfile {built['config']} -- {rule}` made: {counts['saes']} SAEs, "
         f"commit `{built['commit']}`, on {built['device']} ({built['machine']}), Python "
         f"{built['python']}, {packages}. Nothing on this page is typed by hand but the words. "
         "`spalf provenance` says of each file what it was made from.",
     ]
     lines += [_DEMO_SAYS] if built["config"] == DEMO else []
-    missing = len(counts["missing"])
     lines += [f"**Incomplete**: {missing} of {counts['expected']} results missing."] * bool(missing)
     sanity = numbers["sanity"]
     if sanity["total"] != "0":
