@@ -97,12 +97,13 @@ install:
 	  $(PYTHON) -m venv --clear .venv || { \
 	    echo "No venv module: install python3-venv, or take conda (environment.yml)" >&2; exit 2; }; \
 	fi
-	@{ echo "$(CURDIR)"; cat requirements.lock; } > .venv/.wanted-lock
-	@if ! cmp -s .venv/.wanted-lock $(LOCK_STAMP); then \
+	@wanted=$$(mktemp .venv/.wanted-lock.XXXXXX) && trap 'rm -f "$$wanted"' EXIT && \
+	{ echo "$(CURDIR)"; cat requirements.lock; } > "$$wanted" && \
+	if ! cmp -s "$$wanted" $(LOCK_STAMP); then \
 	  echo "Installing requirements.lock"; \
 	  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
-	  mv .venv/.wanted-lock $(LOCK_STAMP); \
-	else rm -f .venv/.wanted-lock; fi
+	  cp "$$wanted" $(LOCK_STAMP); \
+	fi
 	@if ! cmp -s pyproject.toml $(CODE_STAMP); then \
 	  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --no-build-isolation -e . && cp pyproject.toml $(CODE_STAMP); \
