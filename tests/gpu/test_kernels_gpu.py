@@ -5,7 +5,6 @@ Needs torch, triton and pytest only, so that it runs on machines where little el
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spalf.kernels import choose, jumprelu
+from tests.helpers_kernels import poisoned_buffers  # noqa: F401 - used by every test
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,16 +36,6 @@ class Case(NamedTuple):
     bandwidth: Tensor
     surrogate: str
     back: tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers() -> Iterator[None]:
-    """Buffers from `torch.empty` start as NaN, and an operation that is not repeatable raises."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def make_case(

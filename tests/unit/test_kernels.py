@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from spalf.errors import UserError
 from spalf.kernels import choose, jumprelu
+from tests.helpers_kernels import poisoned_buffers  # noqa: F401 - used by every test
 
 pytest.importorskip("triton")
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,16 +40,6 @@ class Case(NamedTuple):
     dz: Tensor
     dl0: Tensor
     dsub: Tensor
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers() -> Iterator[None]:
-    """Every buffer that `torch.empty` hands out starts as NaN, so an unwritten element shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def make_case(

@@ -5,13 +5,12 @@ On a GPU the kernels run there; elsewhere in Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from spalf.kernels import squared_errors
+from tests.helpers_kernels import poisoned_buffers  # noqa: F401 - used by every test
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -23,15 +22,6 @@ if ON_GPU:
 SCALE = 3.0
 ROUNDING = 4e-3 if ON_GPU else 1.2e-2
 """Of bfloat16, which the interpreter truncates where the hardware rounds to nearest."""
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers() -> Iterator[None]:
-    """Every buffer that `torch.empty` hands out starts as NaN, so an unwritten element shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def inputs(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,13 +5,12 @@ On a GPU the kernels run there; elsewhere in Triton's interpreter, at sizes it c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from spalf.kernels import Parameters, Plan, autoencode, choose_lists, list_capacity
+from tests.helpers_kernels import poisoned_buffers  # noqa: F401 - used by every test
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -23,15 +22,6 @@ NAMES = ("x", "W_enc", "b_enc", "threshold", "W_dec", "b_dec")
 SIZES = [(9, 70, 24), (1, 130, 8), (5, 64, 33), (270, 3, 8)]
 if ON_GPU:
     SIZES += [(4096, 8192, 256), (1000, 4099, 130), (1, 65_537, 64)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers() -> Iterator[None]:
-    """Every buffer that `torch.empty` hands out starts as NaN, so an unwritten element shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 class Case:
