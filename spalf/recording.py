@@ -1,6 +1,6 @@
 """CUDA graphs: kernels recorded once and replayed without the host launching each of them.
 
-And branches, on which a GPU does something beside the rest.
+And branches of such a graph, which run beside the rest of it.
 """
 
 from __future__ import annotations
@@ -77,25 +77,17 @@ def _workspaces_of_its_own() -> Iterator[None]:
 
 
 class Branch:
-    """A CUDA stream beside the current one; without one, an ordinary stretch of code.
+    """A branch of the CUDA graph being recorded; where none is, an ordinary stretch of code.
 
     A step has some hundreds of kernels that are too small to fill a GPU. On branches they run
     beside the few that read and write whole matrices. What a branch makes may be used after
     `join`; whatever it reads has to live until then.
-
-    Args:
-        stream: of the branch.
     """
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
-        self._begun = False
-
-    @classmethod
-    def of_recording(cls) -> Branch:
-        """A branch of the CUDA graph that is being recorded, if one is."""
+    def __init__(self) -> None:
         recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return cls(training_stream() if recording else None)
+        self._stream = training_stream() if recording else None
+        self._begun = False
 
     @contextmanager
     def beside(self) -> Iterator[None]:

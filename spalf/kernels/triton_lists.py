@@ -221,7 +221,7 @@ def scan(
         raw, bias, mask, token_start, active_end, feature, key, token, value,
         capacity, n_rows, n_columns, n_words, WORDS=FILL_WORDS, num_warps=FILL_WARPS,
     )  # fmt: skip
-    sorting = Branch.of_recording()
+    sorting = Branch()
     with sorting.beside():
         by_feature = torch.sort(key, stable=True)
         bounds = torch.arange(2 * n_columns + 1, dtype=torch.int32, device=device)

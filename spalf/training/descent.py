@@ -47,7 +47,7 @@ def descend(
     """
     state.optimizer.zero_grad(set_to_none=True)
     fused = choose(state.sae.W_dec, state.sae.kernel).implementation == "triton"
-    branch = Branch.of_recording()
+    branch = Branch()
     with branch.beside():
         corrections = _bias_corrections(state.optimizer, lr) if fused else None
     loss.backward()
@@ -90,7 +90,7 @@ def _fused(
     norm = torch.cat(squares).sum().sqrt()
     state.guard.observe(loss, norm, overflow)
     frozen = state.guard.found
-    counting = Branch.of_recording()
+    counting = Branch()
     with counting.beside():
         for p in parameters:
             slots[p]["step"].add_(1 - frozen)

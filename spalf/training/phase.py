@@ -216,6 +216,7 @@ def _reconstruction_errors(
 ) -> tuple[Tensor, Tensor]:
     """The error in the constraint's metric (with gradient) and the plain one (detached)."""
     factor = sae.metric_factor if metric == "fisher" else None
+    assert metric != "fisher" or factor is not None
     dtype = torch.bfloat16 if sae.precision == "bfloat16" else torch.float32
     error, mse = squared_errors(
         output.encoded.x_hat, output.x, sae.scale, factor, dtype, implementation=sae.kernel

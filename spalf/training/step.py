@@ -125,7 +125,7 @@ def advance(
     """The part of a step that happens on the device; nothing in it waits for the host."""
     observed, violations, loss, rows = _forward(state, batch, phase, config, plan, inputs)
     encoded = observed.output.encoded
-    controlling = Branch.of_recording()
+    controlling = Branch()
     with controlling.beside():
         l0 = observed.output.l0.detach().double().mean()
         reading = ControllerReading(violations.observed, l0, inputs.l0_ref)
@@ -242,7 +242,7 @@ class _Orthogonality:
 
     def __init__(self, sae: StratifiedSAE, config: RunConfig, plan: Schedule) -> None:
         self._sae, self._config, self._plan = sae, config, plan
-        self._branch = Branch.of_recording()
+        self._branch = Branch()
         self._violation = torch.full((), -1.0, device=sae.W_dec.device)
         self._rows: list[ParameterRows] = []
 

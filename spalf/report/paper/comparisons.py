@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +117,7 @@ def _beside_the_best(
     for line, curve in curves.items():
         at, x = np.array([l0]), curve["l0"].to_numpy(float)
         value = float(np.exp(_at(at, x, np.log(curve["delta_ce"].to_numpy(float))))[0])
-        if value == value:  # it reaches there
+        if not math.isnan(value):  # it reaches there
             deltas[line] = value
             variances.append(float(_at(at, x, curve["explained_variance"].to_numpy(float))[0]))
     if not deltas:
