@@ -27,7 +27,7 @@ class StructuralConstants(Frozen):
     delta_cov: float = Field(default=0.02, gt=0, lt=1)
     delta_rank: float = Field(default=0.01, gt=0, lt=1)
     kappa: float = Field(default=100.0, ge=1)
-    c_eps: float = Field(default=0.5, gt=0)
+    c_eps: float = Field(default=0.4, gt=0)
     c_ortho: float = Field(default=3.0, gt=0)
     delta_drift: float = Field(default=0.1, gt=0)
     c_eta: float = Field(default=1.0, gt=0)

@@ -296,7 +296,7 @@ def test_seven_structural_constants_with_the_documented_defaults() -> None:
         "delta_cov": 0.02,
         "delta_rank": 0.01,
         "kappa": 100.0,
-        "c_eps": 0.5,
+        "c_eps": 0.4,
         "c_ortho": 3.0,
         "delta_drift": 0.1,
         "c_eta": 1.0,
