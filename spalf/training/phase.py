@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spalf.activations import ActivationStore, patched_losses
+from spalf.activations import ActivationStore, next_token_kl
 from spalf.config import RunConfig, Schedule, schedule
 from spalf.constraints import blended_error
 from spalf.controller import ControllerGains
@@ -176,7 +176,7 @@ def observe_end_to_end(
         return seen[-1].x_hat.view_as(x)
 
     clean = store.clean_logits(tokens)
-    kl = patched_losses(store.model, tokens, patch, clean).kl.mean()
+    kl = next_token_kl(clean, store.model.patched_logits(tokens, patch)).mean()
     error, mse = _reconstruction_errors(state.sae, seen[0], config.method.metric)
     blended = blended_error(error, kl, state.exchange_rate)
     return Observation(seen[0], blended, mse, kl.detach())

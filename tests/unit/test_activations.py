@@ -19,7 +19,6 @@ from spalf.activations import (
     mixed_batches,
     next_token_cross_entropy,
     next_token_kl,
-    patched_losses,
 )
 from spalf.activations import store as store_module
 from spalf.activations.ring import BlockRing, Blocks
@@ -263,27 +262,31 @@ def test_cross_entropy_known_answers() -> None:
     assert next_token_cross_entropy(logits, tokens).max() < 1e-6, "position t predicts t + 1"
 
 
-def test_patched_losses_of_a_linear_model() -> None:
+def test_losses_of_a_patched_linear_model() -> None:
     model = PlantedModel()
     tokens = stream(3, 0).sequences(0, 3)
     clean = model.logits(tokens)
-    losses = patched_losses(model, tokens, lambda x: 0.5 * x)
-    torch.testing.assert_close(losses.kl, next_token_kl(clean, 0.5 * clean), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(losses.ce, next_token_cross_entropy(0.5 * clean, tokens))
-    zeroed = patched_losses(model, tokens, torch.zeros_like)
-    torch.testing.assert_close(zeroed.ce, torch.full((3, SEQ_LEN - 1), math.log(D_VOCAB)))
+    halved = model.patched_logits(tokens, lambda x: 0.5 * x)
+    kl = next_token_kl(clean, halved)
+    torch.testing.assert_close(kl, next_token_kl(clean, 0.5 * clean), atol=1e-4, rtol=1e-4)
+    ce = next_token_cross_entropy(halved, tokens)
+    torch.testing.assert_close(ce, next_token_cross_entropy(0.5 * clean, tokens))
+    zeroed = next_token_cross_entropy(model.patched_logits(tokens, torch.zeros_like), tokens)
+    torch.testing.assert_close(zeroed, torch.full((3, SEQ_LEN - 1), math.log(D_VOCAB)))
 
 
 def test_i8_identity_patch_is_exact_and_a_real_patch_carries_gradient() -> None:
     model = load_model("spalf/demo-2l", "blocks.1.hook_resid_post", device="cpu")
     tokens = torch.randint(0, model.d_vocab, (2, 12), generator=torch.Generator().manual_seed(0))
-    same = patched_losses(model, tokens, lambda x: x)
-    assert not same.kl.any()
-    torch.testing.assert_close(same.ce, next_token_cross_entropy(model.logits(tokens), tokens))
+    clean = model.logits(tokens)
+    same = model.patched_logits(tokens, lambda x: x)
+    assert not next_token_kl(clean, same).any()
+    assert torch.equal(same, clean)
     factor = torch.tensor(0.5, requires_grad=True)
     # Scaling alone would be undone by the layer norm that follows.
-    losses = patched_losses(model, tokens, lambda x: factor * x + (1 - factor) * x.flip(-1))
-    assert (losses.kl > 0).all()
-    losses.kl.mean().backward()
+    patched = model.patched_logits(tokens, lambda x: factor * x + (1 - factor) * x.flip(-1))
+    kl = next_token_kl(clean, patched)
+    assert (kl > 0).all()
+    kl.mean().backward()
     assert factor.grad is not None
     assert factor.grad < 0, "closer to the original is a smaller divergence"
