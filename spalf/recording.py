@@ -37,7 +37,9 @@ def training_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream(priority=-1)
 
 
-def record(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+def record(
+    function: Callable[[], T], *, leave_room: bool = False
+) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record what ``function`` does on the GPU, without doing it.
 
     Other threads may go on using the GPU meanwhile, each on a stream of its own. Graphs may be
@@ -46,12 +48,15 @@ def record(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
 
     Args:
         function: has been run before, so that everything it needs is compiled and loaded.
+        leave_room: whether as much memory as the graph keeps has to be left on the device, for
+            whoever does the same without one.
 
     Returns:
         The graph, and what ``function`` returned: tensors that each replay writes anew.
 
     Raises:
-        RuntimeError: it does something that cannot be recorded, such as waiting for the device.
+        RuntimeError: it does something that cannot be recorded, such as waiting for the device, or
+            too little memory is left.
     """
     graph = torch.cuda.CUDAGraph()
     with (
@@ -59,7 +64,11 @@ def record(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         _workspaces_of_its_own(),
         torch.cuda.graph(graph, stream=training_stream(), capture_error_mode="thread_local"),
     ):
+        before = torch.cuda.memory_reserved()
         result = function()
+    kept = torch.cuda.memory_reserved() - before
+    if leave_room and torch.cuda.mem_get_info()[0] < kept:
+        raise RuntimeError("a graph would keep more memory than it leaves")
     return graph, result
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from spalf.activations.buffer import buffer_position, mixed_batches
 from spalf.activations.ring import BlockRing
 from spalf.data import SequenceStream
-from spalf.models import LanguageModel, replayed_activations
+from spalf.models import LanguageModel, replayed
 from spalf.recording import launching
 
 HARVEST_TOKENS = 8192
@@ -44,7 +44,8 @@ class ActivationStore:
     ) -> None:
         self.model, self.stream = model, stream
         self.before_pass, self.ahead = before_pass, ahead
-        self._activations = replayed_activations(model)
+        self._activations = replayed(model, model.activations)
+        self._logits = replayed(model, model.logits)
         self._ring: BlockRing | None = None
         self._latest: tuple[tuple[int, int], Tensor] | None = None
         self._clean: tuple[Tensor, Tensor] | None = None
@@ -81,7 +82,7 @@ class ActivationStore:
         """Logits of sequences from `sequences`; of the latest ones they are worked out once."""
         if self._clean is None or self._clean[0] is not tokens:
             self._clean = None  # not two of them at once: they are large
-            self._clean = tokens, self.model.logits(tokens)
+            self._clean = tokens, self._logits(tokens)
         return self._clean[1]
 
     def batches(

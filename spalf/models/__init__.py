@@ -3,7 +3,7 @@
 from spalf.models.interface import LanguageModel
 from spalf.models.load import identifying_files, load_model, load_tokenizer, resolve_model
 from spalf.models.patch import patched_site
-from spalf.models.replay import replayed_activations
+from spalf.models.replay import replayed
 from spalf.models.sites import hook_points
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "patched_site",
-    "replayed_activations",
+    "replayed",
     "resolve_model",
 ]

@@ -1,4 +1,4 @@
-"""Activations replayed from a CUDA graph.
+"""Passes of a language model replayed from a CUDA graph.
 
 A pass of a language model is some hundreds of kernels, and Python takes longer to launch them than
 a fast GPU to run them; beside a training loop in another thread, longer still.
@@ -22,56 +22,62 @@ logger = logging.getLogger(__name__)
 MOST_SHAPES = 4
 """Shapes of tokens for which a graph is kept; each holds the memory of a pass."""
 
-Activations = Callable[[Tensor], Tensor]
+Pass = Callable[[Tensor], Tensor]
+"""What a language model makes of int64 tokens ``[n_seq, seq_len]``."""
 
 
-def replayed_activations(model: LanguageModel) -> Activations:
-    """``model.activations``, in the fastest way there is, with the same bits.
+def replayed(model: LanguageModel, run: Pass) -> Pass:
+    """``run``, in the fastest way there is, with the same bits.
 
     On a GPU a pass is replayed from a graph, for models of the Hugging Face backend. What
     TransformerLens does during a pass is not ours to record.
+
+    Args:
+        model: the language model.
+        run: its ``activations`` or ``logits``.
     """
     if model.device.type == "cuda" and isinstance(model, HuggingFaceModel):
-        return ReplayedActivations(model)
-    return model.activations
+        return Replayed(model, run)
+    return run
 
 
-class ReplayedActivations:
-    """`LanguageModel.activations` as a CUDA graph for each shape of tokens; any thread may call.
+class Replayed:
+    """A pass of a language model as a CUDA graph for each shape of tokens; any thread may call.
 
     Args:
         model: on a GPU.
+        run: the pass.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._recorded: dict[tuple[int, ...], _Pass | None] = {}
+    def __init__(self, model: LanguageModel, run: Pass) -> None:
+        self._model, self._run = model, run
+        self._recorded: dict[tuple[int, ...], _Recorded | None] = {}
         self._lock = threading.Lock()
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Float32 ``[n_seq, seq_len, d_model]`` of int64 ``[n_seq, seq_len]``."""
+        """What the pass makes of int64 ``[n_seq, seq_len]``, a tensor of its own."""
         tokens, shape = tokens.to(self._model.device), tuple(tokens.shape)
         with self._lock:
             known = self._recorded.get(shape)
             if known is not None:
                 return known.replay(tokens)
-            plain = self._model.activations(tokens)
+            plain = self._run(tokens)
             if shape not in self._recorded and len(self._recorded) < MOST_SHAPES:
-                self._recorded[shape] = _recorded(self._model, tokens, plain)
+                self._recorded[shape] = _recorded(self._model, self._run, tokens, plain)
             return plain
 
 
-class _Pass:
-    """One pass of the model over tokens of one shape.
+class _Recorded:
+    """A pass over tokens of one shape.
 
     Args:
-        model: has run on tokens of this shape before.
+        run: has been run on tokens of this shape before.
         tokens: an example.
     """
 
-    def __init__(self, model: LanguageModel, tokens: Tensor) -> None:
+    def __init__(self, run: Pass, tokens: Tensor) -> None:
         self._tokens = tokens.clone()
-        self._graph, self._activations = record(lambda: model.activations(self._tokens))
+        self._graph, self._result = record(lambda: run(self._tokens), leave_room=True)
         self._read = torch.cuda.Event()
         self._read.record()
 
@@ -80,15 +86,17 @@ class _Pass:
         self._read.wait()
         self._tokens.copy_(tokens)
         self._graph.replay()
-        activations = self._activations.clone()
+        result = self._result.clone()
         self._read.record()
-        return activations
+        return result
 
 
-def _recorded(model: LanguageModel, tokens: Tensor, expected: Tensor) -> _Pass | None:
-    """The pass as a graph; ``None`` where that does not give the very same activations."""
+def _recorded(
+    model: LanguageModel, run: Pass, tokens: Tensor, expected: Tensor
+) -> _Recorded | None:
+    """The pass as a graph; ``None`` where that does not give the very same bits."""
     try:
-        made = _Pass(model, tokens)
+        made = _Recorded(run, tokens)
         same = torch.equal(made.replay(tokens), expected)
     except RuntimeError as error:
         logger.info("%s is run kernel by kernel: %s", model.name, str(error).splitlines()[0])

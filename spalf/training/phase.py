@@ -19,6 +19,7 @@ from spalf.config import RunConfig, Schedule, schedule
 from spalf.constraints import blended_error
 from spalf.controller import ControllerGains
 from spalf.kernels import Meanwhile, squared_errors
+from spalf.models.huggingface import HuggingFaceModel
 from spalf.sae import SAEOutput, StratifiedSAE
 from spalf.training.position import first_sequence_of_phase_two
 from spalf.training.schedules import l0_reference
@@ -52,30 +53,37 @@ class Phase:
     Attributes:
         number: 1 or 2.
         batches: ``batches(k)`` yields the batches from the k-th of the phase on.
-        observe: forward pass over one batch.
+        prepare: what else a forward pass over a batch needs, worked out before it.
+        observe: forward pass over one batch and what was prepared for it.
         gains: controller gains that hold throughout.
         first_step: step of the run at which the phase starts.
         last_step: step at which it ends at the latest.
         may_converge: whether it may end before that (M15).
         average_from: step after which the mean of the weights is taken, with which the phase ends;
             ``None`` where it ends with the last weights.
+        recordable: whether a step may be tried as a CUDA graph.
     """
 
     number: int
     batches: Callable[[int], Iterator[Tensor]]
-    observe: Callable[[TrainState, Tensor, Meanwhile], Observation]
+    prepare: Callable[[Tensor], tuple[Tensor, ...]]
+    observe: Callable[[TrainState, tuple[Tensor, ...], Meanwhile | None], Observation]
     gains: ControllerGains
     first_step: int
     last_step: int
     may_converge: bool
     average_from: int | None = None
+    recordable: bool = True
 
 
 def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> Phase:
     """Reconstruction on shuffled activations (M15)."""
     plan = schedule(config)
 
-    def observe(state: TrainState, x: Tensor, meanwhile: Meanwhile) -> Observation:
+    def observe(
+        state: TrainState, given: tuple[Tensor, ...], meanwhile: Meanwhile | None
+    ) -> Observation:
+        (x,) = given
         expected = l0_reference(plan, config.L0_target, state.step)
         output = state.sae(x, expected, plan.subthreshold_tokens, meanwhile)
         error, mse = _reconstruction_errors(state.sae, output, config.method.metric)
@@ -86,6 +94,7 @@ def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> 
         batches=lambda start: store.batches(
             config.batch_size, plan.block_tokens, config.seed, start, plan.phase1_steps
         ),
+        prepare=lambda _: (),
         observe=observe,
         gains=phase_one_gains(config, plan, sae),
         first_step=0,
@@ -102,18 +111,23 @@ def phase_two(
     gains = phase_one_gains(config, plan, sae)
     k_s = plan.k_s_phase2 if config.method.setpoint else 0.0
 
-    def observe(state: TrainState, tokens: Tensor, meanwhile: Meanwhile) -> Observation:
-        return observe_end_to_end(state, tokens, store, config, meanwhile)
+    def observe(
+        state: TrainState, given: tuple[Tensor, ...], meanwhile: Meanwhile | None
+    ) -> Observation:
+        tokens, clean = given
+        return observe_end_to_end(state, tokens, store, config, meanwhile, clean)
 
     return Phase(
         number=2,
         batches=lambda start: sequence_batches(config, store, phase1_end, start),
+        prepare=lambda tokens: (store.clean_logits(tokens),),
         observe=observe,
         gains=replace(gains, c_eta=None, k_s=k_s),
         first_step=phase1_end,
         last_step=phase1_end + plan.phase2_steps,
         may_converge=False,
         average_from=phase1_end + plan.phase2_steps // 2 if config.method.averaging else None,
+        recordable=isinstance(store.model, HuggingFaceModel),
     )
 
 
@@ -166,8 +180,18 @@ def observe_end_to_end(
     store: ActivationStore,
     config: RunConfig,
     meanwhile: Meanwhile | None = None,
+    clean: Tensor | None = None,
 ) -> Observation:
-    """One end-to-end forward pass: reconstruction, patched model, divergence (M16)."""
+    """One end-to-end forward pass: reconstruction, patched model, divergence (M16).
+
+    Args:
+        state: its SAE is run.
+        tokens: int64 ``[n_seq, seq_len]``.
+        store: of the language model.
+        config: the run.
+        meanwhile: see `StratifiedSAE.forward`.
+        clean: the language model's own logits, where they are known already.
+    """
     seen: list[SAEOutput] = []
     rows = schedule(config).subthreshold_tokens
 
@@ -175,7 +199,7 @@ def observe_end_to_end(
         seen.append(state.sae(x.flatten(0, 1), config.L0_target, rows, meanwhile))
         return seen[-1].x_hat.view_as(x)
 
-    clean = store.clean_logits(tokens)
+    clean = store.clean_logits(tokens) if clean is None else clean
     kl = next_token_kl(clean, store.model.patched_logits(tokens, patch)).mean()
     error, mse = _reconstruction_errors(state.sae, seen[0], config.method.metric)
     blended = blended_error(error, kl, state.exchange_rate)

@@ -108,22 +108,23 @@ def train_step(
     Returns:
         The record of the step.
     """
+    given = (batch, *phase.prepare(batch))
     inputs = step_inputs(state, config, plan)
-    record, output = advance(state, batch, phase, config, plan, inputs)
+    record, output = advance(state, given, phase, config, plan, inputs)
     finish_step(state, output, config)
     return record
 
 
 def advance(
     state: TrainState,
-    batch: Tensor,
+    given: tuple[Tensor, ...],
     phase: Phase,
     config: RunConfig,
     plan: Schedule,
     inputs: StepInputs,
 ) -> tuple[StepRecord, SAEOutput]:
     """The part of a step that happens on the device; nothing in it waits for the host."""
-    observed, violations, loss, rows = _forward(state, batch, phase, config, plan, inputs)
+    observed, violations, loss, rows = _forward(state, given, phase, config, plan, inputs)
     encoded = observed.output.encoded
     controlling = Branch()
     with controlling.beside():
@@ -167,7 +168,7 @@ def finish_step(state: TrainState, output: SAEOutput, config: RunConfig) -> None
 
 def _forward(
     state: TrainState,
-    batch: Tensor,
+    given: tuple[Tensor, ...],
     phase: Phase,
     config: RunConfig,
     plan: Schedule,
@@ -178,7 +179,7 @@ def _forward(
     Rows of the decoder that enter it by themselves come last.
     """
     ortho = _Orthogonality(state.sae, config, plan)
-    observed = phase.observe(state, batch, ortho.start)
+    observed = phase.observe(state, given, ortho.start)
     violations, rows = _violations(state, observed, ortho, config)
     objective = sparsity_objective(
         observed.output.l0,
@@ -203,8 +204,9 @@ def first_non_finite(
     """
     if batch.is_floating_point() and not batch.isfinite().all():
         return "activations"
+    given = (batch, *phase.prepare(batch))
     observed, violations, loss, rows = _forward(
-        state, batch, phase, config, plan, step_inputs(state, config, plan)
+        state, given, phase, config, plan, step_inputs(state, config, plan)
     )
     output = observed.output
     seen = {"pre-activations": output.encoded.pre.raw, "reconstruction": output.x_hat}

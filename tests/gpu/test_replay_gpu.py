@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spalf.models import load_model, replayed_activations
+from spalf.models import load_model, replayed
 from spalf.models.interface import LanguageModel
-from spalf.models.replay import MOST_SHAPES, ReplayedActivations
+from spalf.models.replay import MOST_SHAPES, Pass, Replayed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,9 +55,9 @@ def family(model: LanguageModel) -> str:
     return str(model._model.config.model_type)  # type: ignore[attr-defined]
 
 
-def is_recorded(replayed: ReplayedActivations) -> list[bool]:
+def is_recorded(run: Replayed) -> list[bool]:
     """Shape by shape, whether there is a graph."""
-    return [graph is not None for graph in replayed._recorded.values()]
+    return [graph is not None for graph in run._recorded.values()]
 
 
 def wait_for_it(module: object, inputs: object, output: Tensor) -> None:
@@ -65,32 +65,34 @@ def wait_for_it(module: object, inputs: object, output: Tensor) -> None:
     output.sum().item()
 
 
-def test_bits_are_those_of_the_model(model: LanguageModel) -> None:
-    replayed = replayed_activations(model)
-    assert isinstance(replayed, ReplayedActivations)
+@pytest.mark.parametrize("name", ["activations", "logits"])
+def test_bits_are_those_of_the_model(model: LanguageModel, name: str) -> None:
+    plain: Pass = getattr(model, name)
+    run = replayed(model, plain)
+    assert isinstance(run, Replayed)
     for seed in range(4):
         for shape in ((8, 64), (3, 64), (8, 17)):
             given = tokens(seed, shape)
-            assert torch.equal(replayed(given), model.activations(given))
-    assert is_recorded(replayed) == [family(model) != "gemma2"] * 3
+            assert torch.equal(run(given), plain(given))
+    assert is_recorded(run) == [family(model) != "gemma2"] * 3
 
 
 def test_what_was_returned_stays(model: LanguageModel) -> None:
-    replayed = replayed_activations(model)
-    results = [replayed(tokens(seed)) for seed in range(5)]
+    run = replayed(model, model.activations)
+    results = [run(tokens(seed)) for seed in range(5)]
     for seed, result in enumerate(results):
         assert torch.equal(result, model.activations(tokens(seed)))
 
 
 def test_two_threads_with_a_stream_each(model: LanguageModel) -> None:
-    replayed = replayed_activations(model)
+    run = replayed(model, model.activations)
     expected = [model.activations(tokens(seed)) for seed in range(20)]
     wrong: list[int] = []
 
     def work(first: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for seed in range(first, 20, 2):
-                if not torch.equal(replayed(tokens(seed)), expected[seed]):
+                if not torch.equal(run(tokens(seed)), expected[seed]):
                     wrong.append(seed)
 
     torch.cuda.synchronize()
@@ -103,12 +105,12 @@ def test_two_threads_with_a_stream_each(model: LanguageModel) -> None:
 
 
 def test_many_shapes_are_not_all_recorded(model: LanguageModel) -> None:
-    replayed = replayed_activations(model)
-    assert isinstance(replayed, ReplayedActivations)
+    run = replayed(model, model.activations)
+    assert isinstance(run, Replayed)
     for length in range(8, 8 + 2 * MOST_SHAPES):
         given = tokens(length, (2, length))
-        assert torch.equal(replayed(given), model.activations(given))
-    assert len(replayed._recorded) == MOST_SHAPES
+        assert torch.equal(run(given), model.activations(given))
+    assert len(run._recorded) == MOST_SHAPES
 
 
 def test_a_model_that_waits_for_the_device_is_run_itself(model: LanguageModel) -> None:
@@ -116,15 +118,15 @@ def test_a_model_that_waits_for_the_device_is_run_itself(model: LanguageModel) -
     inner = model._model  # type: ignore[attr-defined]
     hook = inner.get_input_embeddings().register_forward_hook(wait_for_it)
     try:
-        replayed = replayed_activations(model)
-        assert isinstance(replayed, ReplayedActivations)
+        run = replayed(model, model.activations)
+        assert isinstance(run, Replayed)
         for seed in range(3):
-            assert torch.equal(replayed(tokens(seed)), model.activations(tokens(seed)))
-        assert list(replayed._recorded.values()) == [None]
+            assert torch.equal(run(tokens(seed)), model.activations(tokens(seed)))
+        assert list(run._recorded.values()) == [None]
     finally:
         hook.remove()
-    again = replayed_activations(model)
+    again = replayed(model, model.activations)
     for seed in range(3):
         assert torch.equal(again(tokens(seed)), model.activations(tokens(seed)))
-    assert isinstance(again, ReplayedActivations)
+    assert isinstance(again, Replayed)
     assert is_recorded(again) == [family(model) != "gemma2"]

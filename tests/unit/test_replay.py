@@ -1,8 +1,8 @@
-"""Where there is no GPU, a model's activations are its own."""
+"""Where there is no GPU, a model's passes are its own."""
 
 from __future__ import annotations
 
-from spalf.models import load_model, replayed_activations
+from spalf.models import load_model, replayed
 from tests.helpers_planted import PlantedModel
 
 
@@ -11,4 +11,5 @@ def test_on_the_cpu_nothing_is_recorded() -> None:
         load_model("spalf/demo-2l", "blocks.0.hook_resid_post", device="cpu"),
         PlantedModel(),
     ):
-        assert replayed_activations(model) == model.activations
+        for run in (model.activations, model.logits):
+            assert replayed(model, run) == run

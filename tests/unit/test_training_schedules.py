@@ -118,7 +118,7 @@ def test_phase_one_converges_once_everything_holds_still_after_the_ramp() -> Non
     first_possible = PLAN.l0_ramp_steps + window
     assert first_possible <= state.step < first_possible + 100
     assert state.cooldown_start == state.step
-    phase: Any = Phase(1, None, None, None, 0, PLAN.phase1_steps, True)  # type: ignore[arg-type]
+    phase: Any = Phase(1, None, None, None, None, 0, PLAN.phase1_steps, True)  # type: ignore[arg-type]
     assert phase_end(state, phase, PLAN) == state.step + PLAN.cooldown_steps < PLAN.phase1_steps
 
 
@@ -145,7 +145,7 @@ def test_nothing_is_decided_once_the_cooldown_has_begun() -> None:
 
 
 def test_phase_two_ends_where_its_budget_ends() -> None:
-    phase = Phase(2, None, None, None, 500, 560, False)  # type: ignore[arg-type]
+    phase = Phase(2, None, None, None, None, 500, 560, False)  # type: ignore[arg-type]
     assert phase_end(state_at(510, cooldown_start=100), phase, PLAN) == 560
 
 
