@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu if ON_GPU else []
 NAMES = ("x", "W_enc", "b_enc", "threshold", "W_dec", "b_dec")
 SIZES = [(9, 70, 24), (1, 130, 8), (5, 64, 33), (270, 3, 8)]
 if ON_GPU:
-    SIZES += [(4096, 8192, 256), (1000, 4099, 130), (1, 65_537, 64)]
+    SIZES += [(4096, 8192, 256), (600, 20_001, 64), (1000, 4099, 130), (1, 65_537, 64)]
 
 
 class Case:
@@ -128,6 +128,31 @@ def test_lists_give_what_the_formulas_give(
     for name in NAMES:
         native = error(dense_gradients[name], exact_gradients[name])
         assert error(gradients[name], exact_gradients[name]) <= 2 * native + 2e-6, name
+
+
+def test_lists_of_a_dictionary_that_is_looked_at_in_several_goes() -> None:
+    """More features than a program writes at a time, for more than one token."""
+    from spalf.kernels.triton_lists import FILL_WORDS, scan
+
+    case = Case((3, 32 * FILL_WORDS + 70, 3))
+    t, half = case.tensors, case.bandwidth / 2
+    raw = t["x"] @ t["W_enc"].T
+    lists = scan(raw, t["b_enc"], t["threshold"], t["threshold"] - half, 3, raw.numel()).lists
+    pre = raw + t["b_enc"]
+    gate, listed = pre > t["threshold"], pre > t["threshold"] - half
+    expected = [
+        (token, feature)
+        for token in range(3)
+        for part in (gate, listed & ~gate)
+        for feature in part[token].nonzero().flatten().tolist()
+    ]
+    count = len(expected)
+    found = list(zip(lists.token[:count].tolist(), lists.feature[:count].tolist(), strict=True))
+    assert found == expected
+    assert lists.token_start.tolist() == [0, *listed.sum(dim=1).cumsum(0).tolist()]
+    assert (lists.active_end - lists.token_start[:-1]).tolist() == gate.sum(dim=1).tolist()
+    values = pre[lists.token[:count].long(), lists.feature[:count].long()]
+    assert torch.equal(lists.value[:count], values)
 
 
 @pytest.mark.parametrize("lists", LISTS)
