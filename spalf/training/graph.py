@@ -77,7 +77,7 @@ class GraphedStep:
         """Advance by one batch, as `train_step` does; the record is overwritten by the next."""
         given = (batch, *self._phase.prepare(batch))
         plain = step_inputs(self._state, self._config, self._plan)
-        capacity = self._state.sae.capacity_for(self._tokens(batch), float(plain.l0_ref))
+        capacity = self._state.sae.capacity_for(_tokens(batch), float(plain.l0_ref))
         key = (capacity, tuple(tensor.shape for tensor in given), plain.lambda_disc > 0)
         if key != self._key:
             self._key, self._recorded, self._warm, self._given = key, None, 0, ()
@@ -98,9 +98,6 @@ class GraphedStep:
             graph.replay()
         finish_step(self._state, output, self._config)
         return step
-
-    def _tokens(self, batch: Tensor) -> int:
-        return len(batch) if batch.is_floating_point() else batch.numel()
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, tuple[StepRecord, SAEOutput]] | None:
         """The coming step as a graph; ``None`` where that cannot be, now and from now on."""
@@ -157,3 +154,8 @@ class GraphedStep:
             done = self._advance()
         torch.cuda.current_stream().wait_stream(side)
         return done
+
+
+def _tokens(batch: Tensor) -> int:
+    """Tokens in a batch of activations or of sequences."""
+    return len(batch) if batch.is_floating_point() else batch.numel()
