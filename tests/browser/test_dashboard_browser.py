@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.browser.conftest import Axe, Open, wait_until
 
 FOCUSED = "document.activeElement.id"
 MARKS = "performance.getEntriesByType('mark').map((mark) => mark.name)"
-PAINTS = "performance.getEntriesByType('paint').map((paint) => [paint.name, paint.startTime])"
+PAINTS = "performance.getEntriesByType('paint')"
 VIEWS = ("#features", "#feature-3", "#feature-7", "#overview")
 
 
@@ -188,20 +189,14 @@ def test_only_rows_in_view_exist_and_data_is_unpacked_when_needed(
     assert unpacked_blocks(page).count("features-127") == 1
 
 
-def test_8192_features_are_there_within_two_seconds(
-    open_page: Open, large: Path, record_property: Any
-) -> None:
-    """The best of three: other processes may have the machine for a while."""
-    best: dict[str, float] = {}
-    for _ in range(3):
-        page = open_page(large)
-        measured = dict(page.evaluate(PAINTS))
-        measured["ready"] = page.evaluate("performance.getEntriesByName('ready')[0].startTime")
-        assert measured.keys() == {"first-paint", "first-contentful-paint", "ready"}
-        best = {name: min(time, best.get(name, time)) for name, time in measured.items()}
-    for name, milliseconds in best.items():
-        record_property(name, milliseconds)
-        assert milliseconds < 2000, best
+def test_8192_features_are_there_after_little_work(open_page: Open, large: Path) -> None:
+    page = open_page(large)
+    # The data may be there before the first frame is.
+    wait_until(page, f"{PAINTS}.length === 2")
+    kinds = Counter(name.split("-")[0] for name in unpacked_blocks(page))
+    assert kinds.keys() >= {"table", "strings"}
+    assert kinds["features"] <= 1  # of 128; sequences are those of its contexts
+    assert page.evaluate("document.getElementsByTagName('*').length") < 3000
     assert large.stat().st_size < 25e6
 
 
@@ -340,8 +335,8 @@ def test_a_narrow_window_goes_to_a_feature_and_back(open_page: Open, planted: Pa
     assert page.locator(".list-pane").is_visible()
     assert page.evaluate(FOCUSED) == "list"
     page.keyboard.press("Enter")
-    wait_for_feature(page, 12)
-    assert page.evaluate(FOCUSED) == "detail"
+    wait_until(page, f"{FOCUSED} === 'detail'")  # the feature shown was this one already
+    assert not page.locator(".list-pane").is_visible()
 
 
 @pytest.mark.parametrize("address", VIEWS)
