@@ -57,7 +57,7 @@ test-browser: install
 	@SPALF_TEST_BROWSER=1 python -m pytest tests/browser --numprocesses 2
 
 test-faults: install
-	@python -m pytest tests/faults
+	@python -m pytest tests/faults --numprocesses 2 --dist worksteal
 
 soak: install
 	@SPALF_FAULT_KILLS=500 SPALF_FAULT_WORKFLOW_KILLS=50 python -m pytest tests/faults

@@ -18,31 +18,32 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 75
 """Exit statuses; 75 (EX_TEMPFAIL) means that running the command again continues it."""
 
 
-def run_cli(command: click.Command) -> None:
+def run_cli(command: click.Command) -> NoReturn:
     """Run a click command and leave the process with the status its outcome calls for."""
     # Until a step has something to save, being asked to stop is a reason to stop at once.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
     try:
         status = status_of(lambda: command.main(standalone_mode=False), "--debug" in sys.argv)
     except SystemExit as exit_:
-        if exit_.code == INTERRUPTED:
-            leave()
-        raise
-    if status == INTERRUPTED:
-        leave()
-    sys.exit(status)
+        if exit_.code != INTERRUPTED:
+            raise
+        status = INTERRUPTED
+    leave(status)
 
 
-def leave() -> NoReturn:
-    """End the process now, with the status that says "continue later".
+def leave(status: int) -> NoReturn:
+    """End the process now; what it made is closed and on the disk.
 
     Python would first take itself and torch apart: one and a half seconds of processor time, which
-    on a busy machine is longer than whoever asked is going to wait.
+    on a busy machine is longer than whoever asked it to stop is going to wait.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a full disk, a closed stream
-            stream.flush()
-    os._exit(INTERRUPTED)
+    with suppress(OSError, ValueError):  # the log may lie on a full disk, or be closed
+        sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        status = status or FAILED
+    os._exit(status)
 
 
 def status_of(run: Callable[[], object], debug: bool) -> int:

@@ -102,7 +102,7 @@ def _start(options: dict[str, Any], defaults: dict[str, Any] | None = None) -> t
 def calibrate(out: Path, **options: Any) -> None:
     """Tokenise the dataset; estimate mean, covariance and whitener; pick the anchors."""
     config, context = _start(options, UNUSED_BY_CALIBRATION)
-    from spalf.steps import calibrate as run
+    from spalf.steps.calibrate import calibrate as run
 
     run(config, out, context)
 
@@ -114,7 +114,7 @@ def calibrate(out: Path, **options: Any) -> None:
 def init(calibration: Path, out: Path, **options: Any) -> None:
     """Build one SAE: anchors, matched-filter encoder, thresholds, scale."""
     config, context = _start(options)
-    from spalf.steps import initialise_step
+    from spalf.steps.initialise import initialise_step
 
     initialise_step(config, calibration, out, context)
 
@@ -129,7 +129,7 @@ def init(calibration: Path, out: Path, **options: Any) -> None:
 def phase1(calibration: Path, initial: Path, out: Path, **options: Any) -> None:
     """Train on activations until the constraints hold. Resumes where it was interrupted."""
     config, context = _start(options)
-    from spalf.steps import phase1 as run
+    from spalf.steps.train import phase1 as run
 
     run(config, calibration, initial, out, context)
 
@@ -144,7 +144,7 @@ def phase1(calibration: Path, initial: Path, out: Path, **options: Any) -> None:
 def phase2(calibration: Path, previous: Path, out: Path, **options: Any) -> None:
     """Train end to end through the language model. Resumes where it was interrupted."""
     config, context = _start(options)
-    from spalf.steps import phase2 as run
+    from spalf.steps.train import phase2 as run
 
     run(config, calibration, previous, out, context)
 
@@ -168,7 +168,7 @@ def pack(
 ) -> None:
     """Train several cells on one stream of activations, as phase1 and phase2 would one by one."""
     config, context = _start(options, EACH_CELLS_OWN)
-    from spalf.steps import pack as run
+    from spalf.steps.train import pack as run
 
     own = {place: _cell(config, target, seed) for target, seed, place in cells}
     run(own, calibration, out, context)
@@ -187,7 +187,7 @@ def _cell(config: RunConfig, l0_target: float, seed: int) -> RunConfig:
 def baseline(method: str, calibration: Path, out: Path, **options: Any) -> None:
     """Train a SAELens SAE on the activations of Phase 1, at the best of several learning rates."""
     config, context = _start(options)
-    from spalf.steps import baseline as run
+    from spalf.steps.baseline import baseline as run
 
     run(config, method, calibration, out, context)
 
@@ -199,7 +199,7 @@ def baseline(method: str, calibration: Path, out: Path, **options: Any) -> None:
 def random(calibration: Path, out: Path, **options: Any) -> None:
     """Make an untrained SAE with random directions, which every trained one has to beat."""
     config, context = _start(options)
-    from spalf.steps import random_step
+    from spalf.steps.sanity import random_step
 
     random_step(config, calibration, out, context)
 
@@ -231,7 +231,7 @@ def evaluate(
     else:
         raise UserError("--sae", None, "give either --phase1 and --phase2, or --sae")
     config, context = _start(options)
-    from spalf.steps import evaluate as run
+    from spalf.steps.evaluate import evaluate as run
 
     run(config, calibration, phases, out, context, model, variant)
 
@@ -269,7 +269,7 @@ def dashboard(
             "--sae", None, "give either --phase1, and --phase2 if there is one, or --sae"
         )
     config, context = _start(options)
-    from spalf.steps import dashboard as run
+    from spalf.steps.dashboard import dashboard as run
 
     run(
         config,
@@ -296,7 +296,7 @@ def consistency(
     from spalf.cli.runtime import configure_logging, set_up
 
     configure_logging(debug)
-    from spalf.steps import consistency as run
+    from spalf.steps.consistency import consistency as run
 
     run(saes, out, set_up(chosen, seed=0))
 
@@ -310,8 +310,8 @@ def aggregate(
     out: Path, evaluations: tuple[Path, ...], results: Path, workflow: str, **given: Any
 ) -> None:
     """Collect a sweep's evaluation.json files, or those named, into frontier.csv and phases.csv."""
-    from spalf.report import aggregate as run
-    from spalf.report import evaluations_of
+    from spalf.report.aggregate import aggregate as run
+    from spalf.report.places import evaluations_of
 
     found = evaluations or evaluations_of(read_sweep(**given), results)
     record(workflow, out, run(found, out), found)
@@ -323,7 +323,7 @@ def aggregate(
 @click.argument("tables", nargs=-1, required=True, type=existing_file)
 def tables(out: Path, tables: tuple[Path, ...], workflow: str) -> None:
     """Write each CSV as Markdown, LaTeX and HTML."""
-    from spalf.report import write_tables
+    from spalf.report.tables import write_tables
 
     record(workflow, out, write_tables(tables, out), tables)
 
@@ -335,7 +335,8 @@ def tables(out: Path, tables: tuple[Path, ...], workflow: str) -> None:
 @click.option("--frontier", type=existing_file, required=True, help="frontier.csv")
 def figures(out: Path, frontier: Path, results: Path, workflow: str, **given: Any) -> None:
     """Draw the frontier and, of a sweep, the course of training of each model's cells."""
-    from spalf.report import control_figure, metrics_of, pareto_figures
+    from spalf.report.figures import control_figure, pareto_figures
+    from spalf.report.places import metrics_of
 
     by_model = metrics_of(read_sweep(**given), results) if any(given.values()) else {}
     drawn = pareto_figures(frontier, out)

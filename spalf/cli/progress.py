@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from spalf.steps import Progress
+from spalf.steps.context import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from spalf.config import RunConfig
 from spalf.errors import UserError
 
 if TYPE_CHECKING:
-    from spalf.steps import StepContext
+    from spalf.steps.context import StepContext
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

@@ -13,7 +13,7 @@ from spalf.cli.revision import commit
 from spalf.cli.stopping import Stopping
 from spalf.config import RuntimeConfig
 from spalf.errors import UserError
-from spalf.steps import StepContext
+from spalf.steps.context import StepContext
 from spalf.steps.trackers import require_trackers
 
 logger = logging.getLogger(__name__)

@@ -19,12 +19,12 @@ from spalf.steps.calibrate import Calibration, load_calibration
 from spalf.steps.context import StepContext, exclusive, training_settings, write_json
 from spalf.steps.training import Job, train
 from spalf.training.phase import Phase, enter_phase_two, metric_variance, phase_one, phase_two
-from spalf.training.schedules import peak_learning_rate
+from spalf.training.schedules import encoder_epsilon, peak_learning_rate, phase_two_rate
 from spalf.training.state import TrainState, from_checkpoint, load_sae, make_optimizer
 
 logger = logging.getLogger(__name__)
 
-PROCEDURE = 2
+PROCEDURE = 4
 """Raised when the same settings train another SAE: what is there of an earlier one is made anew."""
 LAMBDA_START = [4.0, 0.0, 0.0]
 """Multipliers at step 0, in the order of `spalf.constraints.CONSTRAINTS`."""
@@ -201,7 +201,7 @@ def _fresh_state(config: RunConfig, init: Path, device: torch.device) -> TrainSt
         )
     return TrainState(
         sae=sae,
-        optimizer=make_optimizer(sae, config.lr),
+        optimizer=make_optimizer(sae, config),
         controller=initial_state(LAMBDA_START, log_tau, device),
         step=0,
         phase=1,
@@ -210,7 +210,13 @@ def _fresh_state(config: RunConfig, init: Path, device: torch.device) -> TrainSt
         ended_by="budget",
         stale=torch.zeros(config.F, dtype=torch.int64, device=device),
         exchange_rate=torch.full((), torch.nan, dtype=torch.float64, device=device),
-        derived={**measured, "tau_floor": _tau_floor(config, sae), "lr_peak": peak},
+        derived={
+            **measured,
+            "tau_floor": _tau_floor(config, sae),
+            "lr_peak": peak,
+            "lr_phase2": phase_two_rate(config, sae.d_model),
+            "encoder_epsilon": encoder_epsilon(config.batch_size, sae.d_sae, sae.d_model),
+        },
     )
 
 

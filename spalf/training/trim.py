@@ -41,8 +41,9 @@ def threshold_factor(sae: StratifiedSAE, activations: Iterable[Tensor], l0_targe
     candidates, wanted = torch.cat(ratios), round(tokens * l0_target)
     if candidates.numel() <= wanted:
         return LOWEST_FACTOR
-    ordered = torch.sort(candidates, descending=True).values
-    return float((ordered[wanted - 1] + ordered[wanted]) / 2)
+    largest = torch.topk(candidates, wanted + 1, sorted=False).values
+    last, next_ = torch.topk(largest, 2, largest=False).values
+    return float((last + next_) / 2)
 
 
 @torch.no_grad()

@@ -66,12 +66,16 @@ def _import_what_the_steps_need() -> None:
     import sae_lens
     import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import spalf.cli.runtime
-    import spalf.steps.pipeline  # noqa: F401
+    import spalf.steps.baseline
+    import spalf.steps.pipeline
+    import spalf.steps.sanity  # noqa: F401
 
     assert AutoModelForCausalLM and GPTNeoXForCausalLM and PreTrainedTokenizerFast
     assert sae_lens.SAETrainer
+    get_checkpoint_conversion_mapping("gpt_neox")  # makes a table that every model needs
 
 
 @dataclass

@@ -28,35 +28,29 @@ def _owner(place: str) -> Any:
     return getattr(found, name) if name else found
 
 
-def _at(
-    place: str, name: str, count: int, marker: Path, seconds: float = 0.3, until: Path | None = None
-) -> Callable[[], None]:
-    """Make the ``count``-th call of a function say so in ``marker``, and take its time.
+def _at(place: str, name: str, count: int, marker: Path, until: Path) -> Callable[[], None]:
+    """Make the ``count``-th call of a function say so in ``marker``, and wait for ``until``.
 
     Args:
         place: module, or ``module:class``, of the function.
         name: of the function.
         count: which of its calls.
         marker: file made then.
-        seconds: how long it takes.
-        until: instead, a file to wait for.
+        until: file to wait for.
     """
 
     def install() -> None:
         owner, calls = _owner(place), [0]
         function = getattr(owner, name)
 
-        def slow(*args: Any, **kwargs: Any) -> Any:
+        def held(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
             if calls[0] == count:
                 marker.touch()
-                if until is not None:
-                    _wait_for(until)
-                else:
-                    time.sleep(seconds)
+                _wait_for(until)
             return function(*args, **kwargs)
 
-        setattr(owner, name, slow)
+        setattr(owner, name, held)
 
     return install
 
@@ -100,14 +94,13 @@ def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
     fresh: Callable[[str], Run],
     tmp_path: Path,
 ) -> None:
-    result, marker = fresh(step), tmp_path / "there"
-    child = result.start(step, _at(module, name, count, marker))
+    result, marker, asked = fresh(step), tmp_path / "there", tmp_path / "asked"
+    child = result.start(step, _at(module, name, count, marker, asked))
     _wait_for(marker)
-    asked = time.monotonic()
     child.kill(number)
+    asked.touch()
     outcome = child.wait()
     assert outcome.status == 75, outcome.errors
-    assert time.monotonic() - asked < 10
     said = re.search(r"stopped after (\w+) (\d+); run the same command again", outcome.lines[-1])
     assert said, outcome.errors
     assert not (result.output(step) / "metadata.json").exists()
@@ -148,7 +141,7 @@ def test_a_long_call_with_nothing_to_save_is_left_at_once(
     child = result.start(step, _never_ending(module, name, marker))
     _wait_for(marker)
     child.kill(number)
-    outcome = child.wait(timeout=10)
+    outcome = child.wait()
     assert outcome.status == 75, outcome.errors
     assert "run the same command again to continue" in outcome.lines[-1]
     assert not (result.output(step) / "metadata.json").exists()
@@ -179,12 +172,14 @@ def _never_ending(place: str, name: str, marker: Path) -> Callable[[], None]:
 def test_an_impatient_second_term_does_not_lose_the_checkpoint(
     reference: Run, fresh: Callable[[str], Run], tmp_path: Path
 ) -> None:
-    result, marker = fresh("phase1"), tmp_path / "there"
-    child = result.start("phase1", _at("spalf.training.graph", "train_step", 30, marker))
+    result, marker, asked = fresh("phase1"), tmp_path / "there", tmp_path / "asked"
+    prepare = _at("spalf.training.graph", "train_step", 30, marker, asked)
+    child = result.start("phase1", prepare)
     _wait_for(marker)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         child.kill(number)
         time.sleep(0.02)
+    asked.touch()
     outcome = child.wait()
     assert outcome.status == 75, outcome.errors
     assert (result.working("phase1") / "step_000000030" / "metadata.json").exists()
@@ -194,33 +189,25 @@ def test_an_impatient_second_term_does_not_lose_the_checkpoint(
 def test_a_real_process_asked_to_stop_leaves_with_75(
     number: signal.Signals, reference: Run, fresh: Callable[[str], Run]
 ) -> None:
-    """In processor time, because how busy the machine is says nothing about the process.
-
-    Python takes a second and a half to take torch apart, which a busy machine makes eleven.
-    """
+    """At once: without taking Python and torch apart, which takes seconds on a busy machine."""
     result = fresh("phase1")
-    command = [sys.executable, "-c", "from spalf.cli.main import main; main()"]
+    program = (
+        "import atexit, os; from spalf.cli.main import main;"
+        "atexit.register(os.write, 2, b'taken apart'); main()"
+    )
+    command = [sys.executable, "-c", program]
     command += [*result.arguments("phase1")[1:], "--runtime", '{"checkpoint_every_steps": 1}']
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        _wait_until(lambda: list(result.working("phase1").glob("step_*")), 120)
-        before = _processor_seconds(process.pid)
+        _wait_until(lambda: list(result.working("phase1").glob("step_*")))
         process.send_signal(number)
-        assert process.stderr
-        errors = process.stderr.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        _, errors = process.communicate()
     assert process.returncode == 75, errors
-    assert used.ru_utime + used.ru_stime - before < 1
+    assert "taken apart" not in errors
     assert "Traceback" not in errors
     assert "run the same command again to continue" in errors.splitlines()[-1]
     again = result.run("phase1")
     assert again.status == 0, again.errors
     assert_same(result, reference, MADE_BY["phase1"])
-
-
-def _processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 WORK = {
@@ -238,7 +225,7 @@ def test_a_second_process_says_who_holds_the_output(
     step: str, reference: Run, fresh: Callable[[str], Run], tmp_path: Path
 ) -> None:
     result, marker = fresh(step), tmp_path / "there"
-    child = result.start(step, _at(*WORK[step], 1, marker, seconds=600))
+    child = result.start(step, _at(*WORK[step], 1, marker, tmp_path / "never"))
     _wait_for(marker)
     second = result.run(step)
     assert second.status == 75
@@ -257,7 +244,7 @@ def test_a_twin_that_waits_takes_the_finished_result(
 ) -> None:
     result, marker = fresh(step), tmp_path / "there"
     go_on = tmp_path / "go_on"
-    child = result.start(step, _at(*WORK[step], 1, marker, until=go_on))
+    child = result.start(step, _at(*WORK[step], 1, marker, go_on))
     _wait_for(marker)
     log = tmp_path / "twin.err"
     twin = start([*result.arguments(step), "--if-locked", "wait"], log, _forbidden(*WORK[step]))
@@ -273,13 +260,13 @@ def test_a_waiting_twin_can_be_stopped(
     reference: Run, fresh: Callable[[str], Run], tmp_path: Path
 ) -> None:
     result, marker = fresh("phase1"), tmp_path / "there"
-    child = result.start("phase1", _at(*WORK["phase1"], 1, marker, seconds=600))
+    child = result.start("phase1", _at(*WORK["phase1"], 1, marker, tmp_path / "never"))
     _wait_for(marker)
     log = tmp_path / "twin.err"
     twin = start([*result.arguments("phase1"), "--if-locked", "wait"], log)
     _wait_until(lambda: log.exists() and "waiting for it" in log.read_text())
     twin.kill(signal.SIGTERM)
-    assert twin.wait(timeout=10).status == 75
+    assert twin.wait().status == 75
     child.kill(signal.SIGKILL)
     child.wait()
 
@@ -288,9 +275,11 @@ def test_the_last_two_checkpoints_are_kept(
     reference: Run, fresh: Callable[[str], Run], tmp_path: Path
 ) -> None:
     result, marker = fresh("phase1"), tmp_path / "there"
-    child = result.start("phase1", _at("spalf.training.graph", "train_step", 45, marker))
+    prepare = _at("spalf.training.graph", "train_step", 45, marker, tmp_path / "never")
+    child = result.start("phase1", prepare)
     _wait_for(marker)
     names = sorted(path.name for path in result.working("phase1").glob("step_*"))
+    child.kill(signal.SIGKILL)
     child.wait()
     assert names == ["step_000000032", "step_000000040"]
 
@@ -301,7 +290,7 @@ def test_checkpoints_are_written_by_minutes_too(
 ) -> None:
     result, marker = fresh("phase1"), tmp_path / "there"
     runtime = json.dumps({"checkpoint_every_steps": None, "checkpoint_every_minutes": minutes})
-    prepare = _at("spalf.training.graph", "train_step", 45, marker)
+    prepare = _at("spalf.training.graph", "train_step", 45, marker, tmp_path / "never")
     child = result.start("phase1", prepare, "--runtime", runtime)
     _wait_for(marker)
     assert any(result.working("phase1").glob("step_*")) == some
@@ -335,7 +324,7 @@ def _wait_for(marker: Path) -> None:
     _wait_until(marker.exists)
 
 
-def _wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+def _wait_until(condition: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

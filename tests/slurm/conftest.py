@@ -299,7 +299,7 @@ def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
         made = (shared / "reference").exists()
         clone = Clone(shared / "reference", None)
         if not made:
-            process = clone.start()
+            process = clone.start("--resources", "gpu=2")  # both models at once
             assert process.wait(PATIENCE) == 0, clone.said()
     yield clone
     clone.end()
