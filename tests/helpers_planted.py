@@ -22,7 +22,10 @@ from spalf.config import RunConfig
 from spalf.data import SequenceStream, TokenSplits
 from spalf.models import LanguageModel
 from spalf.sae import StratifiedSAE, initialise
-from spalf.steps import StepContext, calibrate, initialise_step, phase1, phase2
+from spalf.steps.calibrate import calibrate
+from spalf.steps.context import StepContext
+from spalf.steps.initialise import initialise_step
+from spalf.steps.train import phase1, phase2
 from spalf.whitening import RunningCovariance, SoftZCA
 
 D_MODEL, D_VOCAB, SEQ_LEN, BATCH = 24, 256, 16, 256

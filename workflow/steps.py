@@ -19,9 +19,9 @@ from spalf.config import EvaluateConfig, RunConfig, SweepConfig
 REVISIONS = {
     "calibrate": 4,
     "init": 3,
-    "phase1": 5,
-    "phase2": 5,
-    "pack": 3,
+    "phase1": 6,
+    "phase2": 6,
+    "pack": 4,
     "baseline": 2,
     "random": 1,
     "evaluate": 2,

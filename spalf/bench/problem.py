@@ -151,7 +151,7 @@ def state_at_target(config: RunConfig, x: Tensor) -> TrainState:
     )  # fmt: skip
     return TrainState(
         sae=sae,
-        optimizer=make_optimizer(sae, config.lr),
+        optimizer=make_optimizer(sae, config),
         controller=initial_state([4.0, 0.0, 0.0], math.log(report.first_mse / 2), device),
         step=plan.l0_ramp_steps + 1,
         phase=1,

@@ -60,7 +60,8 @@ class Schedule:
         k_p: its proportional gain, in both phases.
         k_s_phase2: the same in Phase 2, where little time is left to settle.
         block_tokens: activations in one of the buffer's two blocks (M18).
-        silence_steps: steps without firing after which a feature's threshold starts to sink.
+        silence_steps: steps of either phase without firing after which a feature's threshold starts
+            to sink.
         subthreshold_tokens: tokens a step on which the sub-threshold mass is estimated (M7).
         ortho_tokens: tokens a step on which co-activation is estimated (M8).
         ortho_features: features kept for each of them, the strongest first.
@@ -159,7 +160,7 @@ _FROM_CONFIG = {
     "phase2_sequences": "batch_size / (4 · seq_len) (M16)",
     "warmup_steps": "min(100, phase1_steps / 20)",
     "cooldown_steps": "phase1_steps / 5",
-    "lr_final_ratio": "0.1: the rate at which Phase 2 starts (M16)",
+    "lr_final_ratio": "0.1: the rate at the end of Phase 1, in lr (M16)",
     "l0_start": "min(m·L0_target, F/2), m = 4 (M9)",
     "l0_ramp_steps": "phase1_steps / 3 (M9)",
     "omega_c": "clip(40 / phase1_steps, .01, .05) per step (M12)",
@@ -191,6 +192,8 @@ _FROM_DATA = {
     "tau_start": ("half the first E‖x−x̂‖²/scale² (M14)", "init"),
     "tau_floor": ("(1 − R2_target)·E‖x−μ‖²_M/scale² (M14)", "calibration"),
     "lr_peak": ("min(lr, .05/√d) (M4)", "phase1"),
+    "lr_phase2": ("min(lr, .005/√d), or method.phase2_lr (M16)", "phase1"),
+    "encoder_epsilon": ("F / (2 · batch_size · d²): ε of the encoder's Adam (M10)", "phase1"),
     "threshold_trim_phase1": ("factor on θ at which L0 = L0_target, at the end (M14)", "phase1"),
     "threshold_trim_phase2": ("the same at the end of Phase 2", "phase2"),
     "kl_scale": ("KL at the entry to Phase 2 (M16)", "phase2"),

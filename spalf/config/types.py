@@ -103,8 +103,8 @@ class MethodConfig(Frozen):
         l0_schedule: start at m·L0_target instead of at the target (M9).
         averaging: end Phase 2 with the mean of the weights over its second half (M16).
         phase2_fraction: share of the token budget given to end-to-end training (M16); 0 skips it.
-        phase2_lr: learning rate of end-to-end training; ``None`` means the one at which Phase 1
-            ends, a tenth of its peak.
+        phase2_lr: learning rate of end-to-end training; ``None`` means ``lr``, or .005/√d where
+            that is lower.
     """
 
     whitening: bool = True

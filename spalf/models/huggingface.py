@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spalf.models.interface import Edit, SiteModel
 from spalf.models.sites import FAMILIES, Site, parse_hook_point
+
+SHORT = 128
+"""Sequences up to which the gradient of every attention kernel is the same bits each time. Beyond
+it the memory-efficient one, which float32 gets on a GPU, adds up its gradient in any order."""
 
 
 class HuggingFaceModel(SiteModel):
@@ -36,6 +41,23 @@ class HuggingFaceModel(SiteModel):
         """See `LanguageModel.unembedding`."""
         weight: Tensor = self._model.get_output_embeddings().weight
         return weight.T.float()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """See `LanguageModel.logits`."""
+        with self._reproducible(tokens):
+            return super().logits(tokens)
+
+    def patched_logits(self, tokens: Tensor, patch: Edit) -> Tensor:
+        """See `LanguageModel.patched_logits`."""
+        with self._reproducible(tokens):
+            return super().patched_logits(tokens, patch)
+
+    def _reproducible(self, tokens: Tensor) -> AbstractContextManager[Any]:
+        """Attention with a gradient that does not change from one time to the next."""
+        exposed = self.device.type == "cuda" and self._model.dtype == torch.float32
+        if exposed and tokens.shape[1] > SHORT:
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
 
     def _forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits

@@ -94,11 +94,11 @@ def _fused(
     with counting.beside():
         for p in parameters:
             slots[p]["step"].add_(1 - frozen)
-    group = state.optimizer.param_groups[0]
     clip = (GRADIENT_NORM / (norm + 1e-6)).clamp_max(1.0)
     scalars = AdamScalars(*corrections, clip=clip, frozen=frozen)
+    group_of = {p: group for group in state.optimizer.param_groups for p in group["params"]}
     for p in parameters:
-        moments = slots[p]["exp_avg"], slots[p]["exp_avg_sq"]
+        moments, group = (slots[p]["exp_avg"], slots[p]["exp_avg_sq"]), group_of[p]
         adam(
             _grad(p), p, moments, scalars, group["betas"], group["eps"], spheres.get(p),
             copy=sae.operand_of(p),
@@ -118,13 +118,14 @@ def _bias_corrections(optimizer: torch.optim.Adam, lr: float | Tensor) -> tuple[
 
 def _slots(optimizer: torch.optim.Adam) -> dict[nn.Parameter, dict[str, Tensor]]:
     """The optimiser's state, made as Adam itself makes it at its first step."""
-    for parameter in optimizer.param_groups[0]["params"]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
         slot = optimizer.state[parameter]
         if not slot:
             slot["step"] = torch.zeros((), device=parameter.device)
             slot["exp_avg"] = torch.zeros_like(parameter)
             slot["exp_avg_sq"] = torch.zeros_like(parameter)
-    return {p: optimizer.state[p] for p in optimizer.param_groups[0]["params"]}
+    return {p: optimizer.state[p] for p in parameters}
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

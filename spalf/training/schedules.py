@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from spalf.config import Schedule
+from spalf.config import RunConfig, Schedule
 
 LARGEST_TURN = 0.05
 """By how much a step of Adam may turn a column, in radians. At 0.1 most features of a wide
 dictionary become dense, their neighbours die, and no gradient brings L0 down again."""
+PHASE2_TURN = 0.005
+"""The same for the constant rate of Phase 2."""
 LAMBDA_DISC_MAX = 0.01
 """Weight of the sub-threshold mass at the end of Phase 1's cooldown."""
+
+
+def encoder_epsilon(batch_size: int, d_sae: int, d_model: int) -> float:
+    """ε of Adam for encoder rows and biases: F/(2·batch_size·d²).
+
+    One firing on one token adds some 10/(batch_size·d) to an entry's gradient, several times that
+    where a feature is rare. Where a feature was silent for so long that its second moments hold
+    nothing else, that one token would move its row by up to 31 learning rates. The more columns
+    there are for each dimension, the less of that they stand.
+    """
+    return d_sae / (2 * batch_size * d_model**2)
 
 
 def cooldown_progress(plan: Schedule, step: int, cooldown_start: int) -> float:
@@ -25,11 +38,19 @@ def peak_learning_rate(lr: float, d_model: int) -> float:
     return float(min(lr, LARGEST_TURN / d_model**0.5))
 
 
-def learning_rate(plan: Schedule, lr: float, step: int, cooldown_start: int) -> float:
-    """Phase 1: linear warm-up, constant, then linear decay over the cooldown to a tenth of ``lr``.
+def phase_two_rate(config: RunConfig, d_model: int) -> float:
+    """The rate of end-to-end training (M16): ``method.phase2_lr``, or else min(``lr``, .005/√d).
 
-    Without a rate of its own Phase 2 stays at that tenth.
+    What suits Phase 2 depends on how far a step turns a column, and not on the rate of Phase 1,
+    at whose end it has decayed to next to nothing where ``lr`` is low.
     """
+    if config.method.phase2_lr is not None:
+        return config.method.phase2_lr
+    return float(min(config.lr, PHASE2_TURN / d_model**0.5))
+
+
+def learning_rate(plan: Schedule, lr: float, step: int, cooldown_start: int) -> float:
+    """Phase 1: linear warm-up, constant, then linear decay over the cooldown to a tenth."""
     warm = min(1.0, (step + 1) / plan.warmup_steps)
     decay = 1 - (1 - plan.lr_final_ratio) * cooldown_progress(plan, step, cooldown_start)
     return lr * warm * decay

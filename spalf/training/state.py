@@ -18,6 +18,7 @@ from spalf.kernels import Precision
 from spalf.sae import StratifiedSAE
 from spalf.training.average import WeightAverage
 from spalf.training.guard import FiniteGuard
+from spalf.training.schedules import encoder_epsilon
 from spalf.whitening import SoftZCA
 
 _AVERAGE = "average/"
@@ -70,9 +71,15 @@ class TrainState:
         self.guard = FiniteGuard(self.stale.device)
 
 
-def make_optimizer(sae: StratifiedSAE, lr: float, phase: int = 1) -> torch.optim.Adam:
-    """Adam over the SAE's parameters, in one kernel, with the memory of a phase."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
+def make_optimizer(sae: StratifiedSAE, config: RunConfig, phase: int = 1) -> torch.optim.Adam:
+    """Adam over the SAE's parameters, with the memory of a phase.
+
+    The encoder has an ε of its own (`encoder_epsilon`).
+    """
+    encoder, others = [sae.W_enc, sae.b_enc], [sae.log_threshold, sae.W_dec, sae.b_dec]
+    epsilon = encoder_epsilon(config.batch_size, sae.d_sae, sae.d_model)
+    groups: list[dict[str, Any]] = [{"params": encoder, "eps": epsilon}, {"params": others}]
+    optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
     set_phase(optimizer, phase)
     return optimizer
 
@@ -170,7 +177,7 @@ def to_checkpoint(state: TrainState, metadata: dict[str, Any]) -> Checkpoint:
 def from_checkpoint(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> TrainState:
     """Inverse of `to_checkpoint` (I10)."""
     sae = load_sae(checkpoint, config, device)
-    optimizer = make_optimizer(sae, config.lr, checkpoint.metadata["state"]["phase"])
+    optimizer = make_optimizer(sae, config, checkpoint.metadata["state"]["phase"])
     slots: dict[int, dict[str, Tensor]] = {}
     average: dict[str, Tensor] = {}
     for key, value in checkpoint.tensors["optimizer"].items():

@@ -31,6 +31,7 @@ from spalf.training.schedules import (
     lambda_disc,
     learning_rate,
     peak_learning_rate,
+    phase_two_rate,
 )
 from spalf.training.state import TrainState
 
@@ -87,8 +88,8 @@ def step_inputs(state: TrainState, config: RunConfig, plan: Schedule) -> StepInp
 
 
 def _learning_rate(state: TrainState, config: RunConfig, plan: Schedule) -> float:
-    if state.phase == 2 and config.method.phase2_lr is not None:
-        return config.method.phase2_lr
+    if state.phase == 2:
+        return phase_two_rate(config, state.sae.d_model)
     peak = peak_learning_rate(config.lr, state.sae.d_model)
     return learning_rate(plan, peak, state.step, state.cooldown_start)
 

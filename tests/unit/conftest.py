@@ -7,7 +7,7 @@ import torch
 
 from spalf.config import RunConfig, parse
 from spalf.data import TokenSplits
-from spalf.steps import StepContext
+from spalf.steps.context import StepContext
 from spalf.steps.pipeline import train_run
 from tests.helpers_planted import Silent
 

@@ -22,7 +22,8 @@ from spalf.config import RunConfig
 from spalf.data import TokenSplits
 from spalf.errors import Diverged, Interrupted, UserError
 from spalf.interchange import SAELensConfig, SAELensSAE, read_saelens
-from spalf.steps import baseline, evaluate
+from spalf.steps.baseline import baseline
+from spalf.steps.evaluate import evaluate
 from spalf.training.phase import phase_one
 from tests import helpers_planted as planted
 

@@ -15,8 +15,8 @@ from spalf.checkpoint import read_checkpoint, write_checkpoint
 from spalf.config import RunConfig
 from spalf.controller.controller import to_tensors
 from spalf.errors import Interrupted, UserError
-from spalf.steps import initialise_step, phase1, phase2
-from spalf.steps.train import _fresh_state
+from spalf.steps.initialise import initialise_step
+from spalf.steps.train import PROCEDURE, _fresh_state, phase1, phase2
 from spalf.training.loop import Hooks, run_phase
 from spalf.training.phase import Phase, enter_phase_two, phase_one, phase_two
 from spalf.training.state import TrainState, from_checkpoint, load_sae, to_checkpoint
@@ -212,7 +212,7 @@ def test_what_an_earlier_procedure_trained_is_not_taken_for_what_this_one_would(
     phase1(CONFIG, calibration, init, out, context())
     before = (out / "metadata.json").stat().st_mtime_ns
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"procedure \(1 there, 2 here\)"):
+    with pytest.raises(UserError, match=rf"procedure \(1 there, {PROCEDURE} here\)"):
         phase1(CONFIG, calibration, init, out, context())
     anew = dataclasses.replace(context(), if_foreign="restart")
     phase1(CONFIG, calibration, init, out, anew)

@@ -346,19 +346,31 @@ def python(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     )
 
 
+def test_what_cannot_be_written_is_a_failure() -> None:
+    """The process ends without Python's own end, which would have noticed."""
+    code = "import sys; from spalf.cli.errors import leave; sys.stdout.write('lost'); leave(0)"
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", code], stdout=full).returncode == 1
+        assert subprocess.run([sys.executable, "-c", code], stderr=full).returncode == 0
+
+
 def test_the_installed_command_refuses_bad_input_before_loading_torch(tmp_path: Path) -> None:
     """As a process of its own: status, streams, and which modules were imported."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "oops": 1}))
     code = (
-        "import atexit, sys\n"
-        "atexit.register(lambda: print(sorted({'torch', 'transformers'} & set(sys.modules))))\n"
+        "import os, sys\n"
+        "leave = os._exit\n"
+        "def look(status):\n"
+        "    os.write(1, repr(sorted({'torch', 'transformers'} & set(sys.modules))).encode())\n"
+        "    leave(status)\n"
+        "os._exit = look\n"
         "from spalf.cli.main import main\n"
         "main()\n"
     )
     arguments = ["calibrate", "--config", "run.yaml", "--out", "out"]
     done = python(code, *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stdout == "[]\n"
+    assert done.stdout == "[]"
     assert done.stderr.count("\n") == 1
     assert "oops" in done.stderr
     assert written(tmp_path) == {"run.yaml"}

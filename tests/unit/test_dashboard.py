@@ -31,8 +31,8 @@ from spalf.errors import Interrupted, UserError
 from spalf.interchange.export import export
 from spalf.interchange.importing import import_sae
 from spalf.models import load_tokenizer
-from spalf.report import aggregate
-from spalf.steps import dashboard
+from spalf.report.aggregate import aggregate
+from spalf.steps.dashboard import dashboard
 from tests.browser import pages
 from tests.helpers_planted import (
     D_VOCAB,

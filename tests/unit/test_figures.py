@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from spalf.config import load_sweep
-from spalf.report import aggregate, control_figure, files, pareto_figures, style
+from spalf.report import files, style
+from spalf.report.aggregate import aggregate
+from spalf.report.figures import control_figure, pareto_figures
 from spalf.report.paper import build
 from spalf.report.paper.comparisons import changes, ratios
 from tests.workflow import synthetic

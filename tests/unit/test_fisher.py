@@ -17,8 +17,8 @@ from spalf.constraints import fisher_factor
 from spalf.constraints.metric import FISHER_SHARE
 from spalf.errors import UserError
 from spalf.kernels import squared_errors
-from spalf.steps import initialise_step
 from spalf.steps.calibrate import calibration_settings, load_calibration
+from spalf.steps.initialise import initialise_step
 from spalf.training.state import load_sae
 from tests.helpers_planted import (
     D_MODEL,

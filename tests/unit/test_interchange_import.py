@@ -16,8 +16,9 @@ from spalf.config import RunConfig
 from spalf.errors import UserError
 from spalf.interchange.export import export
 from spalf.interchange.importing import import_sae
-from spalf.report import aggregate
-from spalf.steps import StepContext, evaluate
+from spalf.report.aggregate import aggregate
+from spalf.steps.context import StepContext
+from spalf.steps.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from spalf.config import RunConfig
 from spalf.evaluation import evaluate_downstream
 from spalf.interchange.export import export
 from spalf.models import LanguageModel, load_model
-from spalf.report import aggregate
-from spalf.steps import StepContext, evaluate
+from spalf.report.aggregate import aggregate
+from spalf.steps.context import StepContext
+from spalf.steps.evaluate import evaluate
 
 sae_lens = pytest.importorskip("sae_lens", reason="install spalf[baselines]")
 

@@ -15,7 +15,8 @@ from spalf.activations import ActivationStore
 from spalf.checkpoint import read_checkpoint
 from spalf.config import RunConfig
 from spalf.errors import Interrupted, UserError
-from spalf.steps import initialise_step, pack, phase1, phase2
+from spalf.steps.initialise import initialise_step
+from spalf.steps.train import pack, phase1, phase2
 from tests.helpers_planted import (
     PlantedContext,
     PlantedModel,

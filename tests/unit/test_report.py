@@ -14,11 +14,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from spalf.errors import UserError
-from spalf.report import aggregate, control_figure, figures, pareto_figures, write_tables
-from spalf.report.aggregate import FRONTIER_COLUMNS
-from spalf.report.figures import _phase2_span
+from spalf.report import figures
+from spalf.report.aggregate import FRONTIER_COLUMNS, aggregate
+from spalf.report.figures import _phase2_span, control_figure, pareto_figures
 from spalf.report.paper.comparisons import best_baseline_sheet
 from spalf.report.records import read_metrics
+from spalf.report.tables import write_tables
 from tests.workflow import synthetic
 
 KINDS = ("md", "tex", "html")

@@ -18,7 +18,9 @@ from tensorboard.util.tensor_util import make_ndarray
 from spalf.cli.runtime import set_up
 from spalf.config import RunConfig, RuntimeConfig
 from spalf.errors import UserError
-from spalf.steps import initialise_step, phase1, trackers
+from spalf.steps import trackers
+from spalf.steps.initialise import initialise_step
+from spalf.steps.train import phase1
 from tests.helpers_planted import context, planted_config, write_calibration
 from workflow import resources, steps
 

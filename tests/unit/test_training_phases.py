@@ -88,7 +88,7 @@ def planted_state(config: RunConfig, log_tau: float = 0.7) -> tuple[TrainState, 
 def state_for(config: RunConfig, sae: StratifiedSAE, log_tau: float) -> TrainState:
     return TrainState(
         sae=sae,
-        optimizer=make_optimizer(sae, config.lr),
+        optimizer=make_optimizer(sae, config),
         controller=initial_state([4.0, 0.1, 0.2], log_tau, torch.device("cpu")),
         step=schedule(config).phase1_steps,
         phase=1,
@@ -261,14 +261,48 @@ def test_thresholds_of_silent_features_sink_with_the_learning_rate(
     torch.testing.assert_close(state.sae.log_threshold[:3].detach(), expected, rtol=0, atol=1e-6)
 
 
+def test_one_firing_does_not_throw_the_encoder_of_a_feature_that_was_silent_for_long() -> None:
+    """Its second moments hold nothing, so Adam alone would take the one gradient for a common one.
+
+    After such a gradient and 50 steps without any, Adam has moved a weight by 27 learning rates.
+    """
+    shape = Shape(d_model=16, F=1024, L0=4, batch=128)
+    config = config_for(shape)
+    state, _ = run_on(config, Pool(shape, torch.device("cpu")))
+    optimizer, sae, lr = state.optimizer, state.sae, 1e-3
+    before = {name: value.detach().clone() for name, value in sae.named_parameters()}
+    for parameter in sae.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.full((), 10_000.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for step in range(51):
+        for parameter in sae.parameters():
+            # Of one token and a rare feature, as measured.
+            one = 30 / (config.batch_size * sae.d_model) if step == 0 else 0.0
+            parameter.grad = torch.full_like(parameter, one)
+        optimizer.step()
+    moved = {
+        name: float((before[name] - value.detach()).abs().mean() / lr)
+        for name, value in sae.named_parameters()
+    }
+    assert moved["W_dec"] == pytest.approx(moved["log_threshold"], rel=1e-2)
+    assert moved["W_dec"] > 25
+    assert 0.5 < moved["W_enc"] < 2
+    assert 0.5 < moved["b_enc"] < 2
+
+
 def test_phase_two_has_a_rate_of_its_own_if_asked_for() -> None:
     config = planted_config(40)
     own = config.model_copy(update={"method": config.method.model_copy(update={"phase2_lr": 7e-5})})
     plan, state = schedule(config), one_step_state(config)
-    tenth = config.lr * plan.lr_final_ratio
-    assert step_inputs(state, config, plan).lr == pytest.approx(tenth)
+    assert step_inputs(state, config, plan).lr == pytest.approx(0.005 / state.sae.d_model**0.5)
     assert step_inputs(state, own, plan).lr == 7e-5
     state.phase = 1
+    tenth = config.lr * plan.lr_final_ratio
     assert step_inputs(state, own, plan).lr == pytest.approx(tenth)
 
 

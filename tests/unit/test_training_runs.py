@@ -16,14 +16,15 @@ from spalf.activations import ActivationStore
 from spalf.checkpoint import Checkpoint
 from spalf.config import RunConfig, schedule
 from spalf.kernels import autoencode
-from spalf.steps import initialise_step
+from spalf.steps.initialise import initialise_step
 from spalf.steps.train import _fresh_state
 from spalf.training.loop import Hooks, run_phase
 from spalf.training.phase import Phase, phase_one
-from spalf.training.schedules import learning_rate
+from spalf.training.schedules import learning_rate, phase_two_rate
 from spalf.training.state import TrainState, load_sae
 from spalf.training.step import REVIVAL_RATE, record_row, train_step
 from tests.helpers_planted import (
+    D_MODEL,
     PlantedModel,
     Run,
     context,
@@ -139,10 +140,11 @@ def test_the_last_step_of_a_phase_is_logged_however_short_it_is(
 
 
 def test_phase_two_enters_without_a_bump(base: Run) -> None:
-    """Learning rate, L0 reference, penalties and budget go on where they were."""
+    """L0 reference, penalties and budget go on where they were; the rate is Phase 2's own."""
     last, first = base.rows()[-1], base.rows("phase2")[0]
-    assert first["lr"] == pytest.approx(0.1 * base.config.lr)
-    assert first["lr"] <= last["lr"] < 0.2 * base.config.lr
+    assert 0.1 * base.config.lr < last["lr"] < 0.2 * base.config.lr
+    derived = base.checkpoint("phase2").metadata["state"]["derived"]
+    assert first["lr"] == derived["lr_phase2"] == phase_two_rate(base.config, D_MODEL)
     assert first["l0_ref"] == last["l0_ref"] == base.config.L0_target
     for name in ("faith", "drift", "ortho"):
         assert first[f"rho_{name}"] == last[f"rho_{name}"]

@@ -18,10 +18,12 @@ from spalf.training.position import tokens_seen
 from spalf.training.schedules import (
     LAMBDA_DISC_MAX,
     cooldown_progress,
+    encoder_epsilon,
     l0_reference,
     lambda_disc,
     learning_rate,
     peak_learning_rate,
+    phase_two_rate,
 )
 from spalf.training.state import TrainState
 from tests.helpers_planted import planted_config
@@ -38,17 +40,30 @@ def test_steps_add_up_to_the_budget() -> None:
 
 
 def test_learning_rate_warms_up_holds_and_decays_to_a_tenth() -> None:
-    rates = [learning_rate(PLAN, 2.0, step, COOLDOWN) for step in range(1940 + 4 * 60)]
+    rates = [learning_rate(PLAN, 2.0, step, COOLDOWN) for step in range(1940)]
     assert rates[0] == pytest.approx(2.0 / PLAN.warmup_steps)
     assert rates[PLAN.warmup_steps - 1 : COOLDOWN + 1] == [2.0] * (COOLDOWN + 2 - PLAN.warmup_steps)
     assert rates[COOLDOWN + PLAN.cooldown_steps // 2] == pytest.approx(2.0 * 0.55, rel=1e-3)
-    assert rates[PLAN.phase1_steps :] == pytest.approx([0.2] * PLAN.phase2_steps)
+    assert learning_rate(PLAN, 2.0, 1940, COOLDOWN) == pytest.approx(0.2)
 
 
 def test_no_column_is_turned_by_more_than_a_twentieth_of_a_radian_a_step() -> None:
     assert peak_learning_rate(1e-3, 256) == 1e-3
     assert peak_learning_rate(1e-2, 256) == pytest.approx(0.05 / 16)
     assert peak_learning_rate(1e-2, 1024) == pytest.approx(0.05 / 32)
+
+
+def test_phase_two_turns_columns_by_a_two_hundredth_of_a_radian_whatever_the_rate_was() -> None:
+    low, high = (planted_config(lr=lr) for lr in (1e-3, 1e-2))
+    assert phase_two_rate(low, 256) == phase_two_rate(high, 256) == pytest.approx(0.005 / 16)
+    assert phase_two_rate(high, 64) == pytest.approx(0.005 / 8)
+    assert phase_two_rate(planted_config(lr=1e-4), 256) == 1e-4
+    assert phase_two_rate(planted_config(method={"phase2_lr": 7e-5}), 256) == 7e-5
+
+
+def test_epsilon_of_the_encoder_grows_with_columns_per_dimension() -> None:
+    assert encoder_epsilon(4096, 16384, 256) == pytest.approx(32 / (4096 * 256))
+    assert encoder_epsilon(1024, 1024, 128) == pytest.approx(4 / (1024 * 128))
 
 
 def test_learning_rate_decay_follows_an_early_cooldown() -> None:

@@ -60,9 +60,19 @@ def main() -> int:
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus.write(f"+{gpu}\n")
         time.sleep(0.5)
+        if sys.argv[1] == "init":
+            wait_for_company(Path(os.environ["STUB_GPUS"]))
         status = work()
         gpus.write(f"-{gpu}\n")
     return status
+
+
+def wait_for_company(log: Path) -> None:
+    """Stay until ``STUB_BEGUN`` steps have begun, however slow the machine is, or for a minute."""
+    for _ in range(600):
+        if log.read_text(encoding="utf-8").count("+") >= int(os.environ.get("STUB_BEGUN", "0")):
+            return
+        time.sleep(0.1)
 
 
 def work() -> int:

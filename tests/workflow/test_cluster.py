@@ -138,10 +138,12 @@ def test_reports_on_a_thousand_cells_fit_a_command_line(sweep: Sweep) -> None:
     assert max(len("\t".join(call)) for call in sweep.calls()) < 2**14
 
 
-def launched(locks: Path, gpus: str, script: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(LAUNCH), "--gpu-locks", str(locks), sys.executable, "-c", script]
+def launched(
+    locks: Path, gpus: str, script: str, at_once: int = 1, **environment: str
+) -> subprocess.Popen[str]:
+    options = ["--gpu-locks", str(locks), "--at-once", str(at_once)]
     return subprocess.Popen(
-        command,
+        [sys.executable, str(LAUNCH), *options, sys.executable, "-c", script],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -149,38 +151,46 @@ def launched(locks: Path, gpus: str, script: str, **environment: str) -> subproc
     )
 
 
-def test_steps_side_by_side_get_a_gpu_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at_once", "shown"), [(1, "35"), (2, "35"), (3, "3535"), (4, "3535")])
+def test_steps_side_by_side_share_gpus_evenly(tmp_path: Path, at_once: int, shown: str) -> None:
     hold = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
-    running = [launched(tmp_path, "3,5", hold) for _ in range(2)]
-    first_lines = [(process.stdout.readline(), process.stdout.readline()) for process in running]
-    assert sorted(shown for _, shown in first_lines) == ["3\n", "5\n"]
-    waiting = launched(tmp_path, "3,5", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    running, given = [], ""
+    for _ in shown:
+        running.append(launched(tmp_path, "3,5", hold, at_once))
+        assert running[-1].stdout is not None
+        running[-1].stdout.readline()
+        given += running[-1].stdout.readline().strip()
+    assert given == shown
+    waiting = launched(tmp_path, "3,5", hold, at_once)
     time.sleep(0.3)
     assert waiting.poll() is None
     running[0].send_signal(signal.SIGKILL)  # the lock goes with the process
     running[0].communicate()
-    assert waiting.communicate(timeout=20)[0].splitlines()[1] == first_lines[0][1].strip()
-    running[1].communicate("\n")
+    assert waiting.communicate("\n", timeout=120)[0].splitlines()[1] == "3"
+    for process in running[1:]:
+        process.communicate("\n")
 
 
-def test_profile_of_several_gpus_gives_each_step_one(sweep: Sweep, tmp_path: Path) -> None:
-    """Two GPUs, four cells: two steps at a time, never two on one GPU."""
+@pytest.mark.parametrize(("at_once", "each"), [(2, 1), (3, 2), (4, 2)])
+def test_profile_of_several_gpus_deals_steps_over_them(
+    sweep: Sweep, tmp_path: Path, at_once: int, each: int
+) -> None:
+    """Two GPUs, four cells: at most so many steps at a time, and no more of them on either GPU."""
     sweep.configure(runtime={"device": "auto"}, grid={"L0_target": [2, 3, 4, 5]})
     target = [f"results/tiny/L0_{n}/seed_0/init/metadata.json" for n in (2, 3, 4, 5)]
-    profile = ["--workflow-profile", "local-gpus", "--resources", "gpu=2", "--cores", "8"]
+    profile = ["--workflow-profile", "local-gpus", "--resources", f"gpu={at_once}", "--cores", "32"]
     log = tmp_path / "gpus"
     environment = {"STUB_GPUS": str(log), "CUDA_VISIBLE_DEVICES": "3,5"}
-    result = sweep.run(*profile, "--", *target, **environment)
+    begun = str(1 + at_once)  # the calibration, and as many steps as should meet
+    result = sweep.run(*profile, "--", *target, STUB_BEGUN=begun, **environment)
     assert result.returncode == 0, result.stdout
-    held: set[str] = set()
-    most = 0
+    held = {"3": 0, "5": 0}
+    most, in_all = 0, 0
     for event in log.read_text(encoding="utf-8").split():
-        gpu = event[1:]
-        assert gpu in ("3", "5")
-        assert (gpu in held) == (event[0] == "-"), event
-        held ^= {gpu}
-        most = max(most, len(held))
-    assert most == 2 and not held
+        held[event[1:]] += 1 if event[0] == "+" else -1
+        most, in_all = max(most, *held.values()), max(in_all, sum(held.values()))
+    assert (most, in_all) == (each, at_once)
+    assert not any(held.values())
     assert len(sweep.calls()) == 5
 
 
@@ -200,7 +210,7 @@ def test_an_assigned_gpu_is_left_alone(
     tmp_path: Path, gpus: str, environment: dict[str, str]
 ) -> None:
     script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
-    said = launched(tmp_path / "locks", gpus, script, **environment).communicate(timeout=20)[0]
+    said = launched(tmp_path / "locks", gpus, script, **environment).communicate(timeout=120)[0]
     place = "job 7 on n2" if environment else f"job - on {socket.gethostname()}"
     assert said.splitlines() == [f"{place}, GPU {gpus}", gpus]
     assert not (tmp_path / "locks").exists()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from spalf.config import parse_sweep
-from spalf.report import evaluations_of
+from spalf.report.places import evaluations_of
 from tests.workflow.conftest import Sweep
 
 

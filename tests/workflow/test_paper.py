@@ -19,7 +19,7 @@ import yaml
 
 from spalf.config import SweepConfig, load_sweep, parse_sweep
 from spalf.errors import UserError
-from spalf.report import aggregate
+from spalf.report.aggregate import aggregate
 from spalf.report.paper import build, build_paper
 from spalf.report.paper.comparisons import changes
 from spalf.report.paper.page import results_page

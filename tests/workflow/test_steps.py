@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 
 from spalf.config import RunConfig, load_run, load_sweep, parse
-from spalf.report import aggregate
+from spalf.report.aggregate import aggregate
 from spalf.steps.calibrate import calibration_settings
 from spalf.steps.context import training_settings
 from spalf.steps.initialise import init_settings
+from spalf.steps.train import PROCEDURE
 from tests.workflow import synthetic
 from tests.workflow.conftest import ROOT
 from workflow import resources, steps
@@ -122,6 +123,12 @@ def test_two_demo_cells_fit_side_by_side_in_four_gigabytes() -> None:
 
 def test_every_step_has_a_revision() -> None:
     assert set(steps.FIELDS) <= set(steps.REVISIONS)
+
+
+def test_a_new_procedure_of_training_is_a_new_revision_of_its_steps() -> None:
+    """Training refuses to go on from another procedure's files; Snakemake has to make them anew."""
+    revisions = tuple(steps.REVISIONS[step] for step in ("phase1", "phase2", "pack"))
+    assert (PROCEDURE, *revisions) == (4, 6, 6, 4), "one was raised: raise the others, and these"
 
 
 def test_schema_is_in_step_with_the_types() -> None:

@@ -255,6 +255,11 @@ def walltime_limit():
     return given.value
 
 
+def gpu_steps_at_once():
+    """``gpu`` of the profile's ``resources``; 1 where nothing limits it."""
+    return workflow.global_resources.get("gpu").value or 1
+
+
 def step_threads(wildcards):
     return needs.threads(run_config(wildcards))
 
@@ -269,8 +274,11 @@ def execution(wildcards):
 
 def launch(wildcards):
     """What starts the step's command; on a machine with several GPUs it picks one."""
-    locks = ["--gpu-locks", ".snakemake/gpus"] if gpus(wildcards) else []
-    return shlex.join([sys.executable, str(LAUNCH), *locks])
+    command = [sys.executable, str(LAUNCH)]
+    if gpus(wildcards):
+        command += ["--gpu-locks", ".snakemake/gpus"]
+        command += ["--at-once", str(gpu_steps_at_once())]
+    return shlex.join(command)
 
 
 def of_cells(path, cells=CELLS):
