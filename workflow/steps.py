@@ -17,11 +17,11 @@ import yaml
 from spalf.config import EvaluateConfig, RunConfig, SweepConfig
 
 REVISIONS = {
-    "calibrate": 4,
+    "calibrate": 5,
     "init": 3,
-    "phase1": 6,
-    "phase2": 6,
-    "pack": 4,
+    "phase1": 7,
+    "phase2": 7,
+    "pack": 5,
     "baseline": 2,
     "random": 1,
     "evaluate": 2,

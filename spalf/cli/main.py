@@ -183,13 +183,16 @@ def _cell(config: RunConfig, l0_target: float, seed: int) -> RunConfig:
 @configuration
 @click.option("--method", type=click.Choice(BASELINES), required=True, help="What is trained.")
 @click.option("--calibration", type=directory, required=True, help="Output of calibrate.")
+@click.option("--rate-of", type=directory, help="Output of another seed, whose rate is taken.")
 @click.option("--out", type=directory, required=True, help="Directory to write.")
-def baseline(method: str, calibration: Path, out: Path, **options: Any) -> None:
+def baseline(
+    method: str, calibration: Path, rate_of: Path | None, out: Path, **options: Any
+) -> None:
     """Train a SAELens SAE on the activations of Phase 1, at the best of several learning rates."""
     config, context = _start(options)
     from spalf.steps.baseline import baseline as run
 
-    run(config, method, calibration, out, context)
+    run(config, method, calibration, out, context, rate_of)
 
 
 @step("random")

@@ -17,7 +17,7 @@ L0_START_MULTIPLE = 4.0
 
 
 SILENCE_TOKENS = 65_536
-"""Tokens without firing after which a feature's threshold starts to sink."""
+"""Tokens of Phase 1 without firing after which a feature's threshold starts to sink."""
 
 PHASE2_SPLIT = 4
 """Phase 2 makes so many steps of the tokens of one step of Phase 1. A small step is noisier, which
@@ -60,8 +60,8 @@ class Schedule:
         k_p: its proportional gain, in both phases.
         k_s_phase2: the same in Phase 2, where little time is left to settle.
         block_tokens: activations in one of the buffer's two blocks (M18).
-        silence_steps: steps of either phase without firing after which a feature's threshold starts
-            to sink.
+        silence_steps: steps of Phase 1 without firing after which a feature's threshold starts to
+            sink.
         subthreshold_tokens: tokens a step on which the sub-threshold mass is estimated (M7).
         ortho_tokens: tokens a step on which co-activation is estimated (M8).
         ortho_features: features kept for each of them, the strongest first.

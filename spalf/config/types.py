@@ -99,7 +99,7 @@ class MethodConfig(Frozen):
         orthogonality: keep the constraint on co-active columns (M8).
         capu: adapt the penalty coefficients (M13); off keeps them at 1.
         setpoint: the loop that makes ``L0_target`` hold (M14).
-        revival: let the thresholds of silent features sink until they fire again.
+        revival: let the thresholds of silent features sink in Phase 1 until they fire again.
         l0_schedule: start at m·L0_target instead of at the target (M9).
         averaging: end Phase 2 with the mean of the weights over its second half (M16).
         phase2_fraction: share of the token budget given to end-to-end training (M16); 0 skips it.
@@ -129,11 +129,13 @@ class BaselinesConfig(Frozen):
 
     Attributes:
         lrs: peak learning rates tried for each baseline; each keeps its own best.
+        tried_by: ``every_seed``, or the ``first_seed`` of a sweep, whose choice the others take.
     """
 
     lrs: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=1)
     ] = (3e-4, 1e-3, 3e-3)
+    tried_by: Literal["every_seed", "first_seed"] = "every_seed"
 
 
 class RuntimeConfig(Frozen):

@@ -16,9 +16,15 @@ from spalf.baselines import (
     selection_activations,
     train_baseline,
 )
-from spalf.checkpoint import Checkpoint, CheckpointStore, fingerprint, write_checkpoint
+from spalf.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    fingerprint,
+    read_metadata,
+    write_checkpoint,
+)
 from spalf.config import RunConfig, schedule
-from spalf.errors import Interrupted, StopRequested
+from spalf.errors import Interrupted, StopRequested, UserError
 from spalf.interchange.saelens import CONFIG_FILE, WEIGHTS_FILE
 from spalf.steps.calibrate import Calibration, load_calibration
 from spalf.steps.context import (
@@ -42,7 +48,12 @@ def baseline_settings(config: RunConfig, method: str) -> dict[str, Any]:
 
 
 def baseline(
-    config: RunConfig, method: str, calibration: Path, out: Path, context: StepContext
+    config: RunConfig,
+    method: str,
+    calibration: Path,
+    out: Path,
+    context: StepContext,
+    rate_of: Path | None = None,
 ) -> None:
     """Train a baseline at every learning rate of ``config.baselines`` and keep the best.
 
@@ -55,6 +66,8 @@ def baseline(
         calibration: its calibration directory.
         out: directory to write.
         context: device, progress.
+        rate_of: what this step wrote for another seed of the same cell; its rate is taken, and no
+            other is tried.
 
     Raises:
         UserError: SAELens is missing, or an input is missing, damaged or of another run.
@@ -65,6 +78,10 @@ def baseline(
     with context.nothing_to_lose():
         require_saelens()
         known = load_calibration(calibration, config, context.device)
+        chosen = _choice(rate_of, config, method) if rate_of else None
+    if chosen:
+        only = config.baselines.model_copy(update={"lrs": (chosen["lr"],)})
+        config = config.model_copy(update={"baselines": only})
     inputs = {"calibration": known.digests, **known.sources.inputs()}
     identity = fingerprint(baseline_settings(config, method), inputs)
     with exclusive(out, context) as working:
@@ -79,13 +96,26 @@ def baseline(
             "method": method,
             "config": baseline_settings(config, method),
             "fingerprint": identity,
-            "baseline": _record(result),
+            "baseline": {**_record(result), **(chosen or {})},
             "environment": {**environment(context), "sae-lens": version("sae-lens")},
         }
         files = {name: best / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
         out.mkdir(parents=True, exist_ok=True)
         write_checkpoint(out, Checkpoint({}, metadata, files))
         keep_finished(out, identity, context)
+
+
+def _choice(rate_of: Path, config: RunConfig, method: str) -> dict[str, Any]:
+    """What another seed's ``metadata.json`` says of the choice of the rate."""
+    theirs = read_metadata(rate_of)
+    ours, settings = baseline_settings(config, method), theirs.get("config", {})
+    differing = [key for key in ours if key != "seed" and settings.get(key) != ours[key]]
+    if differing:
+        remedy = f"is of another cell: {differing[0]} is {settings.get(differing[0])!r} there"
+        raise UserError("--rate-of", str(rate_of), f"{remedy}, {ours[differing[0]]!r} here")
+    found = theirs["baseline"]
+    chosen_by = f"{found['chosen_by']}, with seed {settings['seed']}"
+    return {"lr": found["lr"], "rates": found["rates"], "chosen_by": chosen_by}
 
 
 class _Keeper:

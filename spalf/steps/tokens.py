@@ -24,7 +24,7 @@ CALIBRATION_TOKENS = 2**22
 """Cap on the calibration stream: it ends there even if the covariance has not converged (M1)."""
 
 
-EVALUATION_SPREAD = 8
+EVALUATION_SPREAD = 32
 """Held-out tokens there are to choose from, for each that is measured on: a random choice among
 many documents says more of a dataset than the whole of a few."""
 

@@ -136,7 +136,7 @@ def advance(
     gradient_norm = descend(state, loss, rows, encoded.overflow, inputs.lr)
     silent = torch.where(encoded.fired, torch.zeros_like(state.stale), state.stale + 1)
     state.stale = state.guard.keep(state.stale, silent)
-    if config.method.revival:
+    if config.method.revival and state.phase == 1:
         _lower_thresholds(state, plan, inputs.lr)
     controlling.join()
     state.controller = unpack(state.guard.keep(before, moved), after)
@@ -153,7 +153,8 @@ def _lower_thresholds(state: TrainState, plan: Schedule, lr: float | Tensor) -> 
 
     Nothing falls into the window of a feature that never comes near its threshold, so no gradient
     would ever bring it back. The rate follows the learning rate: gradients, which raise thresholds
-    again, do too, and must not be outrun while it decays.
+    again, do too, and must not be outrun while it decays. Phase 2 is too short to find a use for
+    what it would bring back.
     """
     fall = REVIVAL_RATE * lr * (state.stale > plan.silence_steps)
     state.sae.log_threshold.sub_(state.guard.keep(torch.zeros_like(fall), fall))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spalf.activations import ActivationStore
@@ -18,10 +19,11 @@ from spalf.baselines import hyperparameters, selection_activations
 from spalf.baselines.recipes import Shape
 from spalf.baselines.selection import measure, score
 from spalf.checkpoint import read_checkpoint, read_metadata
-from spalf.config import RunConfig
+from spalf.config import BaselinesConfig, RunConfig
 from spalf.data import TokenSplits
 from spalf.errors import Diverged, Interrupted, UserError
 from spalf.interchange import SAELensConfig, SAELensSAE, read_saelens
+from spalf.interchange.saelens import WEIGHTS_FILE
 from spalf.steps.baseline import baseline
 from spalf.steps.evaluate import evaluate
 from spalf.training.phase import phase_one
@@ -134,6 +136,39 @@ def test_all_rates_start_from_the_weights_of_the_seed(
     assert all(torch.equal(start, starts[3]) for start in starts[3:])
     assert not torch.equal(starts[0], starts[3])
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_another_seed_takes_the_rate_and_tries_no_other(
+    calibration: Path, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    other, context = config(seed=1), planted.context()
+    baseline(other, "topk", calibration, tmp_path / "out", context, trained["topk"])
+    ours, theirs = (
+        read_metadata(place)["baseline"] for place in (tmp_path / "out", trained["topk"])
+    )
+    assert (ours["lr"], ours["rates"]) == (theirs["lr"], theirs["rates"])
+    assert ours["chosen_by"] == f"{theirs['chosen_by']}, with seed 0"
+    alone = config(seed=1).model_copy(update={"baselines": BaselinesConfig(lrs=(ours["lr"],))})
+    baseline(alone, "topk", calibration, tmp_path / "alone", context)
+    weights = [load_file(tmp_path / name / WEIGHTS_FILE) for name in ("out", "alone")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "named"),
+    [("batchtopk", {}, "baseline"), ("topk", {"L0_target": 5.0}, "L0_target")],
+)
+def test_the_rate_of_another_cell_is_refused(
+    calibration: Path, trained: dict[str, Path], tmp_path: Path,
+    method: str, changes: dict[str, Any], named: str,
+) -> None:  # fmt: skip
+    with pytest.raises(UserError, match=rf"--rate-of.*{named} is .* there, .* here"):
+        baseline(
+            config(seed=1, **changes), method, calibration, tmp_path / "out", planted.context(),
+            trained["topk"],
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_evaluation_token_is_read(

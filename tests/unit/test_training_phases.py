@@ -100,6 +100,19 @@ def state_for(config: RunConfig, sae: StratifiedSAE, log_tau: float) -> TrainSta
     )
 
 
+def test_thresholds_do_not_sink_in_phase_two() -> None:
+    """What 3 % of the tokens bring back finds no use any more, and L0 is taken from the others."""
+    config = planted_config(steps=1000)
+    state, store = planted_state(config)
+    enter_phase_two(state, config, store)
+    with torch.no_grad():
+        state.sae.log_threshold[:3] = 5.0  # out of reach of every pre-activation
+    state.stale += 10**6
+    phase = phase_two(config, store, state.sae, state.phase1_end)
+    train_step(state, next(phase.batches(0)), phase, config, schedule(config))
+    assert state.sae.log_threshold[:3].tolist() == [5.0] * 3
+
+
 def mean_squared_error(sae: StratifiedSAE, store: ActivationStore, tokens: Tensor) -> Tensor:
     x = store.model.activations(tokens).flatten(0, 1)
     return sae(x).residual.square().sum(dim=1).mean().double()

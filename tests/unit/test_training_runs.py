@@ -15,9 +15,11 @@ import torch
 from spalf.activations import ActivationStore
 from spalf.checkpoint import Checkpoint
 from spalf.config import RunConfig, schedule
+from spalf.data import TokenSplits
 from spalf.kernels import autoencode
 from spalf.steps.initialise import initialise_step
 from spalf.steps.train import _fresh_state
+from spalf.steps.training import _Sample
 from spalf.training.loop import Hooks, run_phase
 from spalf.training.phase import Phase, phase_one
 from spalf.training.schedules import learning_rate, phase_two_rate
@@ -113,6 +115,19 @@ def test_i7_holds_before_the_threshold_trim(calibrations: Any, tmp_path: Path) -
     assert factor == pytest.approx(1.0, abs=0.1)
     last = column(run, "l0")[-50:]
     assert sum(last) / len(last) == pytest.approx(config.L0_target, rel=0.1)
+
+
+def test_thresholds_are_trimmed_on_the_calibration_split(calibrations: Any, tmp_path: Path) -> None:
+    """There L0 is exact: on tokens that, like those it is judged on, have trained nothing."""
+    config = planted_config(60)
+    calibration = calibrations(config)
+    run = run_phases(config, calibration, tmp_path)
+    store = ActivationStore(PlantedModel(), TokenSplits.open(calibration / "tokens").calibration)
+    x = torch.cat(list(_Sample(store)))
+    for step in ("phase1", "phase2"):
+        sae = load_sae(run.checkpoint(step), config, torch.device("cpu"))
+        with torch.no_grad():
+            assert float(sae(x).l0.mean()) == pytest.approx(config.L0_target, abs=2 / len(x))
 
 
 def test_a_run_records_every_column_of_the_contract(base: Run) -> None:

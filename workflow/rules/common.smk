@@ -157,6 +157,25 @@ def calibrated(wildcards):
     return [*tokens, f"{place}/calibration.safetensors"]
 
 
+def takes_a_rate(wildcards):
+    """Whether a baseline takes the learning rate that the first seed chose."""
+    tried_by = run_config(wildcards).baselines.tried_by
+    return tried_by == "first_seed" and wildcards.seed != str(SWEEP.grid.seed[0])
+
+
+def first_seed_of(wildcards):
+    """The baseline of the first seed, where this one takes its learning rate."""
+    first = {**dict(wildcards.items()), "seed": SWEEP.grid.seed[0]}
+    metadata = f"{BASELINE}/baseline/metadata.json"
+    return metadata.format(**first) if takes_a_rate(wildcards) else []
+
+
+def rate_of(wildcards, input):
+    """``--rate-of`` and that baseline's directory."""
+    first = input.get("first")
+    return ["--rate-of", str(Path(first).parent)] if first else []
+
+
 def names(wildcards):
     """``--model`` and, for a variant, ``--variant``."""
     model, _, variant = wildcards.model.partition("/")
@@ -187,10 +206,19 @@ def cells_at_once(step, wildcards):
     return len(cells_of(wildcards)) if step == "pack" else 1
 
 
+def at_work(step, wildcards):
+    """The configuration by which a step's needs are judged."""
+    config = run_config(wildcards)
+    if step != "baseline" or not takes_a_rate(wildcards):
+        return config
+    one = config.baselines.model_copy(update={"lrs": config.baselines.lrs[:1]})
+    return config.model_copy(update={"baselines": one})
+
+
 def memory(step):
     return lambda wildcards, attempt: needs.memory_mb(
         step,
-        run_config(wildcards),
+        at_work(step, wildcards),
         attempt,
         site(wildcards),
         cells_at_once(step, wildcards),
@@ -200,7 +228,7 @@ def memory(step):
 def minutes(step):
     return lambda wildcards, attempt: needs.minutes(
         step,
-        run_config(wildcards),
+        at_work(step, wildcards),
         attempt,
         site(wildcards),
         walltime_limit(),

@@ -234,6 +234,7 @@ rule baseline:
     input:
         calibrated,
         calibration=calibration_of,
+        first=first_seed_of,
     output:
         sae=expand(f"{BASELINE}/baseline/{{file}}", file=SAELENS, allow_missing=True),
         metadata=f"{BASELINE}/baseline/metadata.json",
@@ -256,6 +257,7 @@ rule baseline:
         revision=steps.REVISIONS["baseline"],
         settings=settings("baseline"),
         calibration=subpath(input.calibration, parent=True),
+        rate_of=rate_of,
         out=subpath(output.metadata, parent=True),
     message:
         "{wildcards.method} of {wildcards.model}, L0 {wildcards.L0}, seed {wildcards.seed}"
@@ -263,7 +265,7 @@ rule baseline:
         "exec {resources.launch} spalf baseline --settings {params.settings:q}"
         " --if-locked wait --if-foreign restart --runtime {resources.execution:q}"
         " --method {wildcards.method:q} --calibration {params.calibration:q}"
-        " --out {params.out:q} > {log:q} 2>&1"
+        " {params.rate_of:q} --out {params.out:q} > {log:q} 2>&1"
 
 
 rule evaluate_baseline:
