@@ -41,8 +41,7 @@ logger = logging.getLogger(__name__)
 LARGE_TRIM = 0.25
 """Change of the thresholds above which the trim is worth a warning."""
 TRIM_TOKENS = 65_536
-"""Tokens of the calibration split on which the thresholds are trimmed at the end of a phase: tokens
-that the SAE has not been trained on, as those are not either on which its L0 will be judged."""
+"""Training tokens on which the thresholds are trimmed at the end of a phase."""
 
 METRICS = "metrics.jsonl"
 
@@ -122,7 +121,7 @@ def _train(jobs: Sequence[Job], stack: ExitStack) -> dict[Path, Diverged]:
         stack.callback(under_way[-1].close)
     diverged = run_together([one.run for one in under_way])
     activations.close()
-    sample = _Sample(ActivationStore(model, known.splits.calibration, context.pause_point))
+    sample = _Sample(activations)
     for index, one in enumerate(under_way):
         if index not in diverged:
             try:
@@ -135,10 +134,10 @@ def _train(jobs: Sequence[Job], stack: ExitStack) -> dict[Path, Diverged]:
 
 
 class _Sample:
-    """Activations that the thresholds are trimmed on, harvested once for everybody.
+    """The first training tokens' activations, harvested once for everybody.
 
     Args:
-        store: of the calibration split.
+        store: activations of the training split.
     """
 
     def __init__(self, store: ActivationStore) -> None:
