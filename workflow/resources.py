@@ -93,6 +93,12 @@ def gpus(config: RunConfig) -> int | None:
     return None if config.runtime.device == "cpu" else 1
 
 
+def at_one_rate(config: RunConfig) -> RunConfig:
+    """The run of a baseline that takes the learning rate of another seed and tries no other."""
+    one = config.baselines.model_copy(update={"lrs": config.baselines.lrs[:1]})
+    return config.model_copy(update={"baselines": one})
+
+
 def memory_mb(
     step: str,
     config: RunConfig,

@@ -1,8 +1,8 @@
 """The last correction of a phase: one factor on all thresholds, so that L0 is what was asked for.
 
 While the learning rate decays the controller's authority decays with it, and what is left of a
-swing in L0 stays in the weights. One scalar, solved on tokens that were not trained on, takes it
-out. It is recorded with the run, so that a controller that does not do its work cannot hide behind it.
+swing in L0 stays in the weights. One scalar, solved on training tokens, takes it out. It is
+recorded with the run, so that a controller that does not do its work cannot hide behind it.
 """
 
 from __future__ import annotations

@@ -105,6 +105,14 @@ def test_threads_follow_the_configuration() -> None:
     assert resources.threads(run_config(runtime={"device": "cpu"})) == 1
 
 
+def test_a_baseline_that_takes_its_rate_asks_for_one_training() -> None:
+    config = run_config(F=32_768, baselines={"lrs": [1e-3, 2e-3, 3e-3]})
+    alone = resources.at_one_rate(config)
+    assert alone == run_config(F=32_768, baselines={"lrs": [1e-3]})
+    for needed in (resources.memory_mb, resources.minutes):
+        assert needed("baseline", alone) < needed("baseline", config)
+
+
 @pytest.mark.parametrize("step", steps.FIELDS)
 def test_requests_grow_with_the_run_and_with_each_retry(step: str) -> None:
     small = run_config(total_tokens=10**7)

@@ -135,6 +135,21 @@ def test_baselines_add_their_cells_and_change_no_other(finished: Sweep) -> None:
     assert finished.planned() == {"baseline": 2, "evaluate_baseline": 2, **REPORT}
 
 
+def test_seeds_may_take_the_learning_rate_of_the_first(sweep: Sweep) -> None:
+    """They wait for it and are told where it is."""
+    lrs = {"lrs": [1e-3, 2e-3, 3e-3], "tried_by": "first_seed"}
+    grid = {"L0_target": [8], "seed": [3, 1]}
+    sweep.configure(methods=["topk"], grid=grid, baselines=lrs)
+    result = sweep.run("--quiet", "all")
+    assert result.returncode == 0, result.stdout
+    first, second = (call for call in sweep.calls() if call[0] == "baseline")
+    place = "results/tiny/topk/L0_8/seed_{}/baseline"
+    assert first[first.index("--out") + 1] == place.format(3)
+    assert "--rate-of" not in first
+    assert second[second.index("--rate-of") + 1] == place.format(3)
+    assert second[second.index("--out") + 1] == place.format(1)
+
+
 def test_random_saes_are_evaluated_like_baselines_and_cost_what_init_costs(
     finished: Sweep,
 ) -> None:

@@ -209,10 +209,8 @@ def cells_at_once(step, wildcards):
 def at_work(step, wildcards):
     """The configuration by which a step's needs are judged."""
     config = run_config(wildcards)
-    if step != "baseline" or not takes_a_rate(wildcards):
-        return config
-    one = config.baselines.model_copy(update={"lrs": config.baselines.lrs[:1]})
-    return config.model_copy(update={"baselines": one})
+    alone = step == "baseline" and takes_a_rate(wildcards)
+    return needs.at_one_rate(config) if alone else config
 
 
 def memory(step):
