@@ -32,7 +32,8 @@ bench: install
 ablations: $(BENCH_LM)/training.json
 	@snakemake --configfile config/ablations.yaml
 
-# Their language model: 6 layers, d = 256, on the source of the installed packages.
+# Their language model: 6 layers, d = 256, on the source of the installed packages. It comes with the
+# repository; make --always-make trains it anew.
 $(BENCH_LM)/training.json: | install
 	@python -m spalf.bundled.prepare --dataset python-packages --out results/bench/tokens
 	@python -m spalf.bundled.train_lm --data results/bench/tokens --out $(BENCH_LM) \
