@@ -43,8 +43,8 @@ def baseline_settings(config: RunConfig, method: str) -> dict[str, Any]:
     """The settings a trained baseline depends on."""
     site = ("model_name", "hook_point", "revision", "backend", "dtype", "trust_remote_code")
     run = ("dataset", "F", "L0_target", "seed", "total_tokens", "batch_size", "seq_len")
-    chosen = config.model_dump(mode="json", include={*site, *run, "baselines"})
-    return {**chosen, "baseline": method}
+    include: dict[str, Any] = {**dict.fromkeys((*site, *run), True), "baselines": {"lrs": True}}
+    return {**config.model_dump(mode="json", include=include), "baseline": method}
 
 
 def baseline(
