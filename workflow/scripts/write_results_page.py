@@ -26,11 +26,11 @@ def write(paper: Path, docs: Path = DOCS, name: str = "results") -> Path:
         The page.
     """
     sources, images = docs / name, docs / "images" / name
-    for target in (sources, images):
+    # What else lies beside the numbers, such as an archive of the reports, is not this page's.
+    for target in (sources / "tables", images):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
     shutil.copyfile(paper / "numbers.json", sources / "numbers.json")
-    (sources / "tables").mkdir()
     for table in sorted((paper / "tables").glob("*.csv")):
         shutil.copyfile(table, sources / "tables" / table.name)
     page = docs / f"{name}.md"
@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("paper", type=Path, help="folder of the manuscript, results/paper")
     parser.add_argument("--name", default="results", help="of the page (default: results)")
     given = parser.parse_args()
+    if not (given.paper / "numbers.json").is_file():
+        parser.error(f"{given.paper} holds no numbers.json: give what `spalf paper` wrote")
     write(given.paper, name=given.name)
 
 
