@@ -17,6 +17,7 @@ from spalf.evaluation.probes import (
     Probes,
     balanced_accuracy,
     chunks,
+    codes_on_host,
     f1_score,
     fit_probes,
     most_correlated,
@@ -167,7 +168,8 @@ def _main_features(
     labels = _one_hot(train.letter, letters)
     ranked = most_correlated(train.x, sae, labels, options.max_main)
     kept, column = ranked.unique(return_inverse=True)
-    z = torch.cat([codes[:, kept] for _, codes in chunks(train.x, sae)])
+    z = codes_on_host(train.x, sae, kept)
+    labels, column = labels.cpu(), column.cpu()
     main = []
     for index in range(len(letters)):
         candidates, label = column[index], labels[:, index : index + 1]
@@ -195,12 +197,10 @@ def _feature_accuracy(
 ) -> float:
     """Balanced accuracy on unseen words of a probe on each letter's main features; the mean."""
     kept, column = torch.cat(main).unique(return_inverse=True)
-    seen, unseen = (
-        torch.cat([codes[:, kept] for _, codes in chunks(words.x, sae)]) for words in (train, test)
-    )
-    labels, wanted = _one_hot(train.letter, letters), _one_hot(test.letter, letters)
+    seen, unseen = (codes_on_host(words.x, sae, kept) for words in (train, test))
+    labels, wanted = (_one_hot(words.letter, letters).cpu() for words in (train, test))
     scores = []
-    for index, own in enumerate(column.split([features.numel() for features in main])):
+    for index, own in enumerate(column.cpu().split([features.numel() for features in main])):
         probe = fit_probes(seen[:, own], labels[:, index : index + 1], _SPARSE_ITERATIONS)
         found = probe.logits(unseen[:, own]) > 0
         scores.append(float(balanced_accuracy(found, wanted[:, index : index + 1])))

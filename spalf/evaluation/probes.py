@@ -84,6 +84,15 @@ def chunks(x: Tensor, sae: SparseCoder) -> Iterator[tuple[slice, Tensor]]:
         yield rows, sae.encode(x[rows]).float()
 
 
+def codes_on_host(x: Tensor, sae: SparseCoder, features: Tensor) -> Tensor:
+    """Codes of a few features in the host's memory, ``[n, len(features)]``.
+
+    Probes of a few features are many and small: a GPU would wait for the launch of every one of
+    the thousands of kernels that fit them.
+    """
+    return torch.cat([codes[:, features].cpu() for _, codes in chunks(x, sae)])
+
+
 def most_correlated(
     x: Tensor,
     sae: SparseCoder,

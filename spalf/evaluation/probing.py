@@ -18,7 +18,7 @@ from torch import Tensor
 from spalf.data import SequenceStream
 from spalf.evaluation.probes import (
     balanced_accuracy,
-    chunks,
+    codes_on_host,
     f1_score,
     fit_probes,
     most_correlated,
@@ -167,12 +167,13 @@ def probe_tasks(
     scores = {"all": _scores(x[train], x[test], answers[train], answers[test], 100)}
     best = most_correlated(x[train], sae, answers[train], max(chosen.ks), merit=torch.abs)
     kept, column = best.unique(return_inverse=True)
-    z = torch.cat([codes[:, kept] for _, codes in chunks(x, sae)])
+    z = codes_on_host(x, sae, kept)
+    seen, unseen, column, asked = train.cpu(), test.cpu(), column.cpu(), answers.cpu()
     for k in chosen.ks:
         rows = []
         for task in range(len(names)):
-            own, label = z[:, column[task, :k]], answers[:, task : task + 1]
-            sides = (own[train], own[test], label[train], label[test])
+            own, label = z[:, column[task, :k]], asked[:, task : task + 1]
+            sides = (own[seen], own[unseen], label[seen], label[unseen])
             rows += _scores(*sides, chosen.iterations)
         scores[f"k{k}"] = rows
     shares = answers[test].float().mean(dim=0).tolist()

@@ -319,7 +319,7 @@ def test_a_damaged_comparison_of_seeds_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "name", ["config", "baselines", "bench", "bench-sites", "paper", "ablations"]
+    "name", ["config", "baselines", "bench", "bench-models", "bench-sites", "paper", "ablations"]
 )
 def test_it_is_built_from_the_shipped_grids(name: str, tmp_path: Path) -> None:
     sweep = load_sweep(ROOT / "config" / f"{name}.yaml")
