@@ -1,4 +1,4 @@
-"""The violation that carries gradient and the one the controller reads, as two named things."""
+"""The violations that carry gradient, and those the controller reads, as two named things."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ CONSTRAINTS = ("faith", "drift", "ortho")
 class Violations(NamedTuple):
     """The violations of one step, in the order of `CONSTRAINTS`.
 
+    Scalars with gradient, which enter the Lagrangian.
+
     Attributes:
-        differentiable: ``[3]``, with gradient; enters the Lagrangian.
-        observed: ``[3]``, float64, detached; enters the filters and the controller.
+        faith: of faithfulness.
+        drift: of the anchors.
+        ortho: of orthogonality.
     """
 
-    differentiable: Tensor
-    observed: Tensor
+    faith: Tensor
+    drift: Tensor
+    ortho: Tensor
 
-    @classmethod
-    def of(cls, faith: Tensor, drift: Tensor, ortho: Tensor) -> Violations:
-        """Stack three scalars."""
-        stacked = torch.stack([faith, drift, ortho])
-        return cls(stacked, stacked.detach().double())
+    def observed(self) -> Tensor:
+        """What enters the filters and the controller: ``[3]``, float64, detached."""
+        return torch.stack(list(self)).detach().double()

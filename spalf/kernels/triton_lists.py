@@ -2,8 +2,8 @@
 
 One pass over the pre-activations counts the entries (token, feature) whose gate is open or which
 lie in the surrogate's window, and leaves two bits for each pair; a second one turns the bits into
-lists, token by token; a stable sort gives the same list feature by feature. Decoding needs only the
-former, so the sort runs beside it.
+lists, token by token; a stable sort gives the same list feature by feature, and which features
+fired. Decoding needs only the former, so the sort runs beside it.
 
 Nothing here waits for the host. The lists have a fixed capacity; what does not fit is left out,
 and `EntryLists.overflow` says so.
@@ -24,8 +24,14 @@ from torch import Tensor
 
 from spalf.recording import Branch
 
-COUNT_COLUMNS = 512
-"""Pre-activations a counting program looks at in one go."""
+COUNT_TILE = (4, 32)
+"""Tokens and words of 32 pre-activations a counting program looks at in one go."""
+
+SUBTHRESHOLD_COLUMNS = 512
+"""Pre-activations whose sub-threshold mass a program adds up in one go."""
+
+SEGMENT = 256
+"""Entries of one feature after which another program takes over in adding up its gradients."""
 
 FILL_WORDS, FILL_WARPS = 256, 1
 """Words of 32 pre-activations from which a program writes entries at a time, and its warps."""
@@ -43,8 +49,12 @@ class EntryLists(NamedTuple):
         feature_start: places in ``order`` at which each feature's active entries begin, and at
             which those of its window alone do, ``[2·d_sae + 1]``.
         order: the entries in feature order, active ones first, int64 ``[capacity]``.
+        segment_start: first segment of each feature, ``[d_sae + 1]``; a feature has one for each
+            `SEGMENT` of its entries that has begun, and at least one.
+        segment_feature: feature of each segment, d_sae where there is none any more,
+            ``[d_sae + capacity/SEGMENT]``.
         overflow: whether entries had to be left out, bool scalar.
-        sorting: to be joined before ``feature_start`` and ``order`` are used.
+        sorting: to be joined before anything that is in feature order is used.
         key: what is sorted, ``[capacity]``.
     """
 
@@ -55,6 +65,8 @@ class EntryLists(NamedTuple):
     value: Tensor
     feature_start: Tensor
     order: Tensor
+    segment_start: Tensor
+    segment_feature: Tensor
     overflow: Tensor
     sorting: Branch
     key: Tensor
@@ -66,7 +78,8 @@ class Scanned(NamedTuple):
     Attributes:
         l0: active features of each token, float32 ``[tokens]``.
         subthreshold: Σ_j relu(pre_j)²·(1 − gate_j) of the first tokens, float32 ``[sub_rows]``.
-        fired: whether each feature was active at all, bool ``[d_sae]``.
+        fired: whether each feature was active at all, bool ``[d_sae]``; not to be used before
+            ``lists.sorting`` has been joined, nor where there was an overflow.
         lists: the entries.
     """
 
@@ -77,6 +90,14 @@ class Scanned(NamedTuple):
 
 
 @triton.jit
+def _bit_count(word):
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def _count_kernel(
     raw_ptr,
     bias_ptr,
@@ -84,22 +105,54 @@ def _count_kernel(
     lower_ptr,
     l0_ptr,
     listed_ptr,
-    sub_ptr,
-    fired_ptr,
     mask_ptr,  # [2, tokens, words]: active entries, then those of the window alone
     n_rows,
     n_columns,
     n_words,
-    sub_rows,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_inside = rows < n_rows
+    bits = (1 << tl.arange(0, 32))[None, None, :]
+    active = tl.zeros((ROWS, WORDS), dtype=tl.int32)
+    listed = tl.zeros((ROWS, WORDS), dtype=tl.int32)
+    for first in range(0, n_words, WORDS):
+        # What belongs to a feature is read once for all rows of the program.
+        words = first + tl.arange(0, WORDS)
+        columns = words[:, None] * 32 + tl.arange(0, 32)[None, :]
+        inside = columns < n_columns
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
+        theta = tl.load(threshold_ptr + columns, mask=inside, other=float("inf"))
+        lower = tl.load(lower_ptr + columns, mask=inside, other=float("inf"))
+        at = rows.to(tl.int64)[:, None, None] * n_columns + columns[None, :, :]
+        used = row_inside[:, None, None] & inside[None, :, :]
+        value = tl.load(raw_ptr + at, mask=used, other=0.0).to(tl.float32) + bias[None, :, :]
+        # Not "greater": a NaN then counts as active, and reaches the reconstruction instead of
+        # being gated away.
+        gate = tl.sum(tl.where(value <= theta[None, :, :], 0, bits), axis=2)
+        entry = tl.sum(tl.where(value <= lower[None, :, :], 0, bits), axis=2)
+        at = rows.to(tl.int64)[:, None] * n_words + words[None, :]
+        kept = row_inside[:, None] & (words < n_words)[None, :]
+        tl.store(mask_ptr + at, gate, mask=kept)
+        tl.store(mask_ptr + n_rows * n_words + at, entry ^ gate, mask=kept)
+        active += _bit_count(gate.to(tl.uint32, bitcast=True))
+        listed += _bit_count(entry.to(tl.uint32, bitcast=True))
+    tl.store(l0_ptr + rows, tl.sum(active, axis=1).to(tl.float32), mask=row_inside)
+    tl.store(listed_ptr + rows, tl.sum(listed, axis=1), mask=row_inside)
+
+
+@triton.jit
+def _subthreshold_kernel(
+    raw_ptr,
+    bias_ptr,
+    threshold_ptr,
+    sub_ptr,
+    n_columns,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    WORDS: tl.constexpr = COLUMNS // 32
-    bits = (1 << tl.arange(0, 32))[None, :]
-    # Sums are kept apart by column until the end: a reduction in the loop would cost more than all
-    # the rest of it.
-    active = tl.zeros((COLUMNS,), dtype=tl.int32)
-    listed = tl.zeros((COLUMNS,), dtype=tl.int32)
+    # Kept apart by column until the end: a reduction in the loop would cost more than all the rest.
     sub = tl.zeros((COLUMNS,), dtype=tl.float32)
     for first in range(0, n_columns, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -107,36 +160,9 @@ def _count_kernel(
         value = tl.load(raw_ptr + row.to(tl.int64) * n_columns + columns, mask=inside, other=0.0)
         value = value.to(tl.float32) + tl.load(bias_ptr + columns, mask=inside, other=0.0)
         theta = tl.load(threshold_ptr + columns, mask=inside, other=0.0)
-        lower = tl.load(lower_ptr + columns, mask=inside, other=0.0)
-        gate = (value > theta) & inside
-        # A NaN is listed, so that it reaches the reconstruction instead of being gated away.
-        entry = ((value > lower) | (value != value)) & inside
-        active += gate.to(tl.int32)
-        listed += entry.to(tl.int32)
-        words = first // 32 + tl.arange(0, WORDS)
-        near = entry & (value <= theta)
-        at = row.to(tl.int64) * n_words + words
-        packed = tl.sum(tl.reshape((entry & (near == 0)).to(tl.int32), (WORDS, 32)) * bits, axis=1)
-        tl.store(mask_ptr + at, packed, mask=words < n_words)
-        packed = tl.sum(tl.reshape(near.to(tl.int32), (WORDS, 32)) * bits, axis=1)
-        tl.store(mask_ptr + n_rows * n_words + at, packed, mask=words < n_words)
-        # Programs may write the same place, but never different values.
-        tl.store(fired_ptr + columns, gate, mask=gate)
-        if row < sub_rows:
-            below = tl.where((value > 0.0) & (gate == 0) & inside, value, 0.0)
-            sub += below * below
-    tl.store(l0_ptr + row, tl.sum(active, axis=0).to(tl.float32))
-    tl.store(listed_ptr + row, tl.sum(listed, axis=0))
-    if row < sub_rows:
-        tl.store(sub_ptr + row, tl.sum(sub, axis=0))
-
-
-@triton.jit
-def _bit_count(word):
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
+        below = tl.where((value > 0.0) & (value <= theta) & inside, value, 0.0)
+        sub += below * below
+    tl.store(sub_ptr + row, tl.sum(sub, axis=0))
 
 
 @triton.jit
@@ -202,15 +228,18 @@ def scan(
     device = raw.device
     l0 = torch.empty(n_rows, device=device)
     listed = torch.empty(n_rows, dtype=torch.int32, device=device)
-    sub = torch.empty(sub_rows, device=device)
-    fired = torch.zeros(n_columns, dtype=torch.bool, device=device)
     n_words = triton.cdiv(n_columns, 32)
     mask = torch.empty(2, n_rows, n_words, dtype=torch.int32, device=device)
-    _count_kernel[(n_rows,)](
-        raw, bias, threshold, lower, l0, listed, sub, fired, mask, n_rows, n_columns, n_words,
-        sub_rows,
-        COLUMNS=COUNT_COLUMNS, num_warps=4,
+    rows, words = COUNT_TILE
+    _count_kernel[(triton.cdiv(n_rows, rows),)](
+        raw, bias, threshold, lower, l0, listed, mask, n_rows, n_columns, n_words,
+        ROWS=rows, WORDS=words, num_warps=4,
     )  # fmt: skip
+    sub = torch.empty(sub_rows, device=device)
+    if sub_rows:
+        _subthreshold_kernel[(sub_rows,)](
+            raw, bias, threshold, sub, n_columns, COLUMNS=SUBTHRESHOLD_COLUMNS, num_warps=4
+        )
     token_start = torch.zeros(n_rows + 1, dtype=torch.int32, device=device)
     torch.cumsum(listed, dim=0, dtype=torch.int32, out=token_start[1:])
     active_end = torch.empty(n_rows, dtype=torch.int32, device=device)
@@ -226,8 +255,21 @@ def scan(
         by_feature = torch.sort(key, stable=True)
         bounds = torch.arange(2 * n_columns + 1, dtype=torch.int32, device=device)
         feature_start = torch.searchsorted(by_feature.values, bounds, out_int32=True)
+        fired = feature_start[1::2] > feature_start[:-1:2]
+        segment_start, segment_feature = _segments(feature_start, capacity)
     lists = EntryLists(
         token_start, active_end, feature, token, value, feature_start, by_feature.indices,
-        token_start[-1] > capacity, sorting, key,
+        segment_start, segment_feature, token_start[-1] > capacity, sorting, key,
     )  # fmt: skip
     return Scanned(l0, sub, fired, lists)
+
+
+def _segments(feature_start: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """``segment_start`` and ``segment_feature`` of `EntryLists`."""
+    counts = feature_start[2::2] - feature_start[:-1:2]
+    segments = (counts + SEGMENT - 1).div(SEGMENT, rounding_mode="floor").clamp_min(1)
+    start = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(segments, dim=0, dtype=torch.int32, out=start[1:])
+    most = len(counts) + capacity // SEGMENT
+    places = torch.arange(most, dtype=torch.int32, device=counts.device)
+    return start, torch.searchsorted(start[1:], places, right=True, out_int32=True)

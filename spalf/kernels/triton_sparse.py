@@ -19,19 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spalf.kernels.triton_lists import EntryLists
+from spalf.kernels.triton_lists import SEGMENT, EntryLists
 
 DECODE_TILE = (8, 2048)
 """Entries and columns a decoding program handles at a time."""
 
-DOT_TILE, DOT_WARPS = (8, 128), 1
-"""Entries and columns whose products a program adds up at a time, and its warps."""
-
-WEIGHT_TILE, WEIGHT_WARPS = (4, 512), 1
-"""Entries and columns of a weight gradient that a program handles at a time, and its warps."""
-
-SEGMENT = 256
-"""Entries of one feature after which another program takes over."""
+GRADIENT_ENTRIES, GRADIENT_BYTES = 4, 1024
+"""Entries whose gradients a program handles at a time, and bytes of a row for each of its warps."""
 
 
 @triton.jit
@@ -70,44 +64,6 @@ def _decode_kernel(
         weight = tl.load(weight_ptr + offsets, mask=needed, other=0.0).to(tl.float32)
         total += tl.sum(coefficient[:, None] * weight, axis=0)
     tl.store(out_ptr + row.to(tl.int64) * width + columns, total, mask=column_inside)
-
-
-@triton.jit
-def _entry_gradient_kernel(
-    total_ptr,
-    order_ptr,
-    token_ptr,
-    feature_ptr,
-    weight_ptr,  # W_dec [d_sae, width]
-    gradient_ptr,  # of the reconstruction, [tokens, width]
-    out_ptr,  # in token order
-    capacity,
-    width,
-    ENTRIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    total = tl.minimum(tl.load(total_ptr), capacity)
-    first = tl.program_id(0) * ENTRIES
-    if first < total:
-        # In feature order: neighbours share a row of the decoder, and the gradients of all tokens
-        # fit in the cache.
-        places = first + tl.arange(0, ENTRIES)
-        inside = places < total
-        entry = tl.load(order_ptr + places, mask=inside, other=0)
-        token = tl.load(token_ptr + entry, mask=inside, other=0).to(tl.int64)
-        feature = tl.load(feature_ptr + entry, mask=inside, other=0).to(tl.int64)
-        dot = tl.zeros((ENTRIES, COLUMNS), dtype=tl.float32)
-        for column in range(0, width, COLUMNS):
-            columns = column + tl.arange(0, COLUMNS)
-            used = inside[:, None] & (columns < width)[None, :]
-            weight = tl.load(
-                weight_ptr + feature[:, None] * width + columns[None, :], mask=used, other=0.0
-            )
-            upstream = tl.load(
-                gradient_ptr + token[:, None] * width + columns[None, :], mask=used, other=0.0
-            )
-            dot += weight.to(tl.float32) * upstream.to(tl.float32)
-        tl.store(out_ptr + entry, tl.sum(dot, axis=1), mask=inside)
 
 
 @triton.jit
@@ -170,16 +126,17 @@ def _threshold_kernel(
 
 
 @triton.jit
-def _weight_gradient_kernel(
-    item_feature_ptr,
-    item_start_ptr,
-    feature_start_ptr,
+def _row_gradient_kernel(
+    segment_feature_ptr,
+    segment_start_ptr,
+    feature_start_ptr,  # [2·d_sae + 1]: active entries of each feature, then the others
     order_ptr,
     token_ptr,
     value_ptr,
-    dz_ptr,
+    weight_ptr,  # W_dec [d_sae, width]
     gradient_ptr,  # of the reconstruction, [tokens, width]
     input_ptr,  # of the encoder, [tokens, width]
+    dz_ptr,  # in token order
     d_encoder_ptr,
     d_decoder_ptr,
     rest_ptr,  # [extra segments, 2, width]
@@ -189,44 +146,50 @@ def _weight_gradient_kernel(
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    item = tl.program_id(0)
-    feature = tl.load(item_feature_ptr + item)
+    number = tl.program_id(0)
+    feature = tl.load(segment_feature_ptr + number)
     if feature < n_features:
-        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        columns = tl.arange(0, COLUMNS)
         column_inside = columns < width
-        segment = item - tl.load(item_start_ptr + feature)
+        segment = number - tl.load(segment_start_ptr + feature)
         begin = tl.load(feature_start_ptr + 2 * feature) + segment * SEGMENT_ENTRIES
-        # Only active entries: those of the window alone come after them.
-        end = tl.minimum(begin + SEGMENT_ENTRIES, tl.load(feature_start_ptr + 2 * feature + 1))
+        active_end = tl.load(feature_start_ptr + 2 * feature + 1)
+        end = tl.minimum(begin + SEGMENT_ENTRIES, tl.load(feature_start_ptr + 2 * feature + 2))
+        row = feature.to(tl.int64) * width + columns
+        weight = tl.load(weight_ptr + row, mask=column_inside, other=0.0)
         d_decoder = tl.zeros((COLUMNS,), dtype=tl.float32)
         d_encoder = tl.zeros((COLUMNS,), dtype=tl.float32)
         for first in range(begin, end, ENTRIES):
             places = first + tl.arange(0, ENTRIES)
             inside = places < end
+            # Entries of the window alone need dz, for their threshold, and change no weight.
+            active = places < tl.minimum(active_end, end)
             entry = tl.load(order_ptr + places, mask=inside, other=0)
             token = tl.load(token_ptr + entry, mask=inside, other=0).to(tl.int64)
-            code = tl.load(value_ptr + entry, mask=inside, other=0.0)
-            dz = tl.load(dz_ptr + entry, mask=inside, other=0.0)
+            code = tl.load(value_ptr + entry, mask=active, other=0.0)
             at = token[:, None] * width + columns[None, :]
+            # One look at a row of the gradient serves both products it is in.
             used = inside[:, None] & column_inside[None, :]
             upstream = tl.load(gradient_ptr + at, mask=used, other=0.0).to(tl.float32)
+            used = active[:, None] & column_inside[None, :]
             seen = tl.load(input_ptr + at, mask=used, other=0.0).to(tl.float32)
+            dz = tl.sum(upstream * weight.to(tl.float32)[None, :], axis=1)
+            tl.store(dz_ptr + entry, dz, mask=inside)
             d_decoder += tl.sum(code[:, None] * upstream, axis=0)
             d_encoder += tl.sum(dz[:, None] * seen, axis=0)
         if segment == 0:
-            row = feature.to(tl.int64) * width + columns
             tl.store(d_decoder_ptr + row, d_decoder, mask=column_inside)
             tl.store(d_encoder_ptr + row, d_encoder, mask=column_inside)
         else:
             # Each feature before this one has one segment that is not extra.
-            rest = rest_ptr + (item - feature - 1).to(tl.int64) * 2 * width + columns
+            rest = rest_ptr + (number - feature - 1).to(tl.int64) * 2 * width + columns
             tl.store(rest, d_decoder, mask=column_inside)
             tl.store(rest + width, d_encoder, mask=column_inside)
 
 
 @triton.jit
 def _combine_kernel(
-    item_start_ptr,
+    segment_start_ptr,
     rest_ptr,
     d_encoder_ptr,
     d_decoder_ptr,
@@ -234,16 +197,16 @@ def _combine_kernel(
     COLUMNS: tl.constexpr,
 ):
     feature = tl.program_id(0)
-    first = tl.load(item_start_ptr + feature)
-    last = tl.load(item_start_ptr + feature + 1)
+    first = tl.load(segment_start_ptr + feature)
+    last = tl.load(segment_start_ptr + feature + 1)
     if last - first > 1:
         columns = tl.arange(0, COLUMNS)
         inside = columns < width
         row = feature.to(tl.int64) * width + columns
         d_decoder = tl.load(d_decoder_ptr + row, mask=inside, other=0.0)
         d_encoder = tl.load(d_encoder_ptr + row, mask=inside, other=0.0)
-        for item in range(first + 1, last):
-            rest = rest_ptr + (item - feature - 1).to(tl.int64) * 2 * width + columns
+        for number in range(first + 1, last):
+            rest = rest_ptr + (number - feature - 1).to(tl.int64) * 2 * width + columns
             d_decoder += tl.load(rest, mask=inside, other=0.0)
             d_encoder += tl.load(rest + width, mask=inside, other=0.0)
         tl.store(d_decoder_ptr + row, d_decoder, mask=inside)
@@ -318,53 +281,44 @@ def gradients(
         moreau: the surrogate.
     """
     d_sae, width = decoder.shape
-    device, capacity = decoder.device, lists.feature.numel()
+    device = decoder.device
     lists.sorting.join()
     dx, dl0, dsub = (None if grad is None else grad.contiguous() for grad in upstream)
-    d_entry = torch.empty(capacity, device=device)
-    # The kernels never follow an absent tensor's pointer; `threshold` only stands in for it.
-    if dx is not None:
-        _entry_gradient_kernel[(triton.cdiv(capacity, DOT_TILE[0]),)](
-            lists.token_start[-1:], lists.order, lists.token, lists.feature, decoder, dx, d_entry,
-            capacity, width, ENTRIES=DOT_TILE[0], COLUMNS=DOT_TILE[1], num_warps=DOT_WARPS,
-        )  # fmt: skip
+    if dx is None:
+        d_entry = None
+        d_encoder, d_decoder = torch.zeros(2, d_sae, width, device=device)
+    else:
+        d_entry, d_encoder, d_decoder = _row_gradients(lists, decoder, dx, inputs)
     d_bias, d_threshold = torch.empty(2, d_sae, device=device)
+    # The kernel never follows an absent tensor's pointer; `threshold` only stands in for it.
     _threshold_kernel[(d_sae,)](
-        lists.feature_start, lists.order, lists.token, lists.value, d_entry, threshold, bandwidth,
+        lists.feature_start, lists.order, lists.token, lists.value,
+        threshold if d_entry is None else d_entry, threshold, bandwidth,
         threshold if dl0 is None else dl0, threshold if dsub is None else dsub,
         d_bias, d_threshold, 0 if dsub is None else dsub.numel(),
         HAS_DX=dx is not None, HAS_DL0=dl0 is not None, HAS_DSUB=dsub is not None, MOREAU=moreau,
         ENTRIES=32, num_warps=1,
     )  # fmt: skip
-    if dx is None:
-        nothing = torch.zeros(d_sae, width, device=device)
-        return Gradients(nothing, nothing.clone(), d_bias, d_threshold, None)
-    d_encoder, d_decoder = _weight_gradients(lists, d_entry, dx, inputs, d_sae)
     return Gradients(d_encoder, d_decoder, d_bias, d_threshold, d_entry)
 
 
-def _weight_gradients(
-    lists: EntryLists, d_entry: Tensor, dx: Tensor, inputs: Tensor, d_sae: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of encoder and decoder, float32 ``[d_sae, width]`` each."""
-    device, width = dx.device, dx.shape[1]
-    counts = lists.feature_start.diff()[::2]
-    segments = (counts + SEGMENT - 1).div(SEGMENT, rounding_mode="floor").clamp_min(1)
-    item_start = torch.zeros(d_sae + 1, dtype=torch.int32, device=device)
-    torch.cumsum(segments, dim=0, dtype=torch.int32, out=item_start[1:])
-    n_extra = lists.feature.numel() // SEGMENT
-    items = torch.arange(d_sae + n_extra, dtype=torch.int32, device=device)
-    item_feature = torch.searchsorted(item_start[1:], items, right=True, out_int32=True)
+def _row_gradients(
+    lists: EntryLists, decoder: Tensor, dx: Tensor, inputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of listed codes ``[capacity]``, and of encoder and decoder, float32 like it."""
+    device, (d_sae, width) = dx.device, decoder.shape
+    n_segments = lists.segment_feature.numel()
+    d_entry = torch.empty(lists.feature.numel(), device=device)
     d_encoder, d_decoder = (torch.empty(d_sae, width, device=device) for _ in range(2))
-    rest = torch.empty(max(1, n_extra), 2, width, device=device)
-    columns = min(WEIGHT_TILE[1], triton.next_power_of_2(width))
-    blocks = triton.cdiv(width, columns)
-    _weight_gradient_kernel[(items.numel(), blocks)](
-        item_feature, item_start, lists.feature_start, lists.order, lists.token, lists.value,
-        d_entry, dx, inputs, d_encoder, d_decoder, rest, d_sae, width,
-        SEGMENT_ENTRIES=SEGMENT, ENTRIES=WEIGHT_TILE[0], COLUMNS=columns, num_warps=WEIGHT_WARPS,
+    rest = torch.empty(max(1, n_segments - d_sae), 2, width, device=device)
+    columns = triton.next_power_of_2(width)
+    _row_gradient_kernel[(n_segments,)](
+        lists.segment_feature, lists.segment_start, lists.feature_start, lists.order, lists.token,
+        lists.value, decoder, dx, inputs, d_entry, d_encoder, d_decoder, rest, d_sae, width,
+        SEGMENT_ENTRIES=SEGMENT, ENTRIES=GRADIENT_ENTRIES, COLUMNS=columns,
+        num_warps=min(16, max(1, columns * decoder.element_size() // GRADIENT_BYTES)),
     )  # fmt: skip
     _combine_kernel[(d_sae,)](
-        item_start, rest, d_encoder, d_decoder, width, COLUMNS=triton.next_power_of_2(width)
+        lists.segment_start, rest, d_encoder, d_decoder, width, COLUMNS=columns
     )
-    return d_encoder, d_decoder
+    return d_entry, d_encoder, d_decoder

@@ -18,13 +18,10 @@ def psi(g: Tensor, y: Tensor) -> Tensor:
     return ((2 * g + y).clamp_min(0).square() - y.square()) / 4
 
 
-def augmented_lagrangian(
-    objective: Tensor, violations: Tensor, multipliers: Tensor, penalties: Tensor
-) -> Tensor:
-    """𝓛 = ℓ0 + Σ_i ρ_i·Ψ(g_i, λ_i/ρ_i) (M10).
+def penalty(violations: Tensor, multipliers: Tensor, penalties: Tensor) -> Tensor:
+    """Σ_i ρ_i·Ψ(g_i, λ_i/ρ_i), what constraints add to the objective (M10).
 
     Args:
-        objective: ℓ0, a scalar with gradient.
         violations: g, ``[n]``, with gradient.
         multipliers: λ ≥ 0, ``[n]``; constants of the step.
         penalties: ρ > 0, ``[n]``; constants of the step.
@@ -34,4 +31,21 @@ def augmented_lagrangian(
     """
     rho = penalties.detach().to(violations.dtype)
     y = multipliers.detach().to(violations.dtype) / rho
-    return objective + (rho * psi(violations, y)).sum()
+    return (rho * psi(violations, y)).sum()
+
+
+def augmented_lagrangian(
+    objective: Tensor, violations: Tensor, multipliers: Tensor, penalties: Tensor
+) -> Tensor:
+    """𝓛 = ℓ0 + Σ_i ρ_i·Ψ(g_i, λ_i/ρ_i) (M10).
+
+    Args:
+        objective: ℓ0, a scalar with gradient.
+        violations: as in `penalty`.
+        multipliers: likewise.
+        penalties: likewise.
+
+    Returns:
+        A scalar; its gradient in g_i is max(0, 2·ρ_i·g_i + λ_i).
+    """
+    return objective + penalty(violations, multipliers, penalties)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ GRADIENT_NORM = 1.0
 
 def descend(
     state: TrainState,
-    loss: Tensor,
+    losses: Sequence[Tensor],
     rows: Iterable[ParameterRows],
     overflow: Tensor | None,
     lr: float | Tensor,
@@ -37,7 +37,8 @@ def descend(
 
     Args:
         state: before the update.
-        loss: the augmented Lagrangian.
+        losses: scalars, the augmented Lagrangian as their sum; each may have been made on a branch
+            that has not been joined.
         rows: parts of parameters that are leaves of their own.
         overflow: whether the forward pass was void for want of room.
         lr: learning rate of this step.
@@ -50,10 +51,13 @@ def descend(
     branch = Branch()
     with branch.beside():
         corrections = _bias_corrections(state.optimizer, lr) if fused else None
-    loss.backward()
+    # Not of their sum, which would be there only when the last of them is. What was made on a
+    # branch goes back on it, and autograd joins it.
+    torch.autograd.backward(losses)
     for part in rows:
         part.add_gradient()
     branch.join()
+    loss = torch.stack([part.detach() for part in losses]).sum()
     log_threshold = state.sae.log_threshold.detach()
     before = log_threshold.clone()
     if corrections is None:

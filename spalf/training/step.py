@@ -20,9 +20,9 @@ from spalf.constraints import (
 from spalf.controller import ControllerReading, update
 from spalf.controller.controller import pack, unpack
 from spalf.kernels import PreActivations
-from spalf.lagrangian import augmented_lagrangian, sparsity_objective
+from spalf.lagrangian import augmented_lagrangian, penalty, sparsity_objective
 from spalf.recording import Branch
-from spalf.sae import ParameterRows, SAEOutput, StratifiedSAE
+from spalf.sae import ParameterRows, SAEOutput
 from spalf.training.descent import descend
 from spalf.training.phase import Observation, Phase
 from spalf.training.position import tokens_seen
@@ -40,6 +40,8 @@ REVIVAL_RATE = 3.0
 BANDWIDTH_EVERY = 100
 """Steps between refreshes of the surrogate bandwidth (M6)."""
 BANDWIDTH_TOKENS = 1024
+ORTHO = CONSTRAINTS.index("ortho")
+"""Position of the orthogonality constraint, the last, in every vector."""
 
 
 class StepRecord(NamedTuple):
@@ -125,15 +127,18 @@ def advance(
     inputs: StepInputs,
 ) -> tuple[StepRecord, SAEOutput]:
     """The part of a step that happens on the device; nothing in it waits for the host."""
-    observed, violations, loss, rows = _forward(state, given, phase, config, plan, inputs)
+    passed = _forward(state, given, phase, config, plan, inputs)
+    observed = passed.observed
     encoded = observed.output.encoded
     controlling = Branch()
     with controlling.beside():
+        passed.orthogonality.join()
+        violations = passed.violations.observed()
         l0 = observed.output.l0.detach().double().mean()
-        reading = ControllerReading(violations.observed, l0, inputs.l0_ref)
+        reading = ControllerReading(violations, l0, inputs.l0_ref)
         after = update(state.controller, reading, phase.gains)
         before, moved = pack(state.controller), pack(after)
-    gradient_norm = descend(state, loss, rows, encoded.overflow, inputs.lr)
+    gradient_norm = descend(state, passed.losses, passed.rows, encoded.overflow, inputs.lr)
     silent = torch.where(encoded.fired, torch.zeros_like(state.stale), state.stale + 1)
     state.stale = state.guard.keep(state.stale, silent)
     if config.method.revival and state.phase == 1:
@@ -141,9 +146,7 @@ def advance(
     controlling.join()
     state.controller = unpack(state.guard.keep(before, moved), after)
     kl = observed.mse.new_full((), torch.nan) if observed.kl is None else observed.kl
-    record = StepRecord(
-        inputs.lr, inputs.l0_ref, l0, observed.mse, kl, violations.observed, gradient_norm
-    )
+    record = StepRecord(inputs.lr, inputs.l0_ref, l0, observed.mse, kl, violations, gradient_norm)
     return record, observed.output
 
 
@@ -168,6 +171,25 @@ def finish_step(state: TrainState, output: SAEOutput, config: RunConfig) -> None
         state.sae.refresh_bandwidth(sample, config.constants.c_eps)
 
 
+class _Forward(NamedTuple):
+    """A forward pass.
+
+    Attributes:
+        observed: what the batch shows.
+        violations: of the constraints.
+        losses: the augmented Lagrangian (M10) as a sum of scalars with gradient.
+        rows: rows of the decoder that enter it by themselves.
+        orthogonality: the branch on which the last of the violations and of the losses are made;
+            to be joined before their values are used.
+    """
+
+    observed: Observation
+    violations: Violations
+    losses: tuple[Tensor, ...]
+    rows: list[ParameterRows]
+    orthogonality: Branch
+
+
 def _forward(
     state: TrainState,
     given: tuple[Tensor, ...],
@@ -175,26 +197,28 @@ def _forward(
     config: RunConfig,
     plan: Schedule,
     inputs: StepInputs,
-) -> tuple[Observation, Violations, Tensor, list[ParameterRows]]:
-    """What the batch shows, the constraint violations, and the augmented Lagrangian (M10).
-
-    Rows of the decoder that enter it by themselves come last.
-    """
-    ortho = _Orthogonality(state.sae, config, plan)
+) -> _Forward:
+    """What the batch shows, and the augmented Lagrangian."""
+    sae, control = state.sae, state.controller
+    ortho = _Orthogonality(state, config, plan)
     observed = phase.observe(state, given, ortho.start)
-    violations, rows = _violations(state, observed, ortho, config)
+    faith = faithfulness_violation(observed.error, control.log_tau)
+    anchored = ParameterRows(sae.W_dec, slice(sae.n_anchored))
+    drift = drift_violation(anchored.values, sae.anchors, config.constants.delta_drift)
     objective = sparsity_objective(
         observed.output.l0,
         observed.output.subthreshold,
         l0_ref=inputs.l0_ref,
         lambda_disc=inputs.lambda_disc,
-        d_model=state.sae.d_model,
+        d_model=sae.d_model,
     )
-    control = state.controller
     loss = augmented_lagrangian(
-        objective, violations.differentiable, control.law.multiplier, control.rho
+        objective, torch.stack([faith, drift]), control.law.multiplier[:ORTHO], control.rho[:ORTHO]
     )
-    return observed, violations, loss, rows
+    violations = Violations(faith, drift, ortho.violation)
+    return _Forward(
+        observed, violations, (loss, *ortho.losses), [anchored, *ortho.rows], ortho.branch
+    )
 
 
 def first_non_finite(
@@ -207,16 +231,15 @@ def first_non_finite(
     if batch.is_floating_point() and not batch.isfinite().all():
         return "activations"
     given = (batch, *phase.prepare(batch))
-    observed, violations, loss, rows = _forward(
-        state, given, phase, config, plan, step_inputs(state, config, plan)
-    )
-    output = observed.output
+    passed = _forward(state, given, phase, config, plan, step_inputs(state, config, plan))
+    observed, output = passed.observed, passed.observed.output
+    loss = torch.stack(passed.losses).sum()
     seen = {"pre-activations": output.encoded.pre.raw, "reconstruction": output.x_hat}
     seen |= {"kl": observed.kl} if observed.kl is not None else {}
-    seen |= {"violations": violations.observed, "loss": loss}
+    seen |= {"violations": passed.violations.observed(), "loss": loss}
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    for part in rows:
+    for part in passed.rows:
         part.add_gradient()
     seen |= {
         f"gradient of {n}": p.grad for n, p in state.sae.named_parameters() if p.grad is not None
@@ -226,39 +249,36 @@ def first_non_finite(
     return bad[0] if bad else "gradient norm"
 
 
-def _violations(
-    state: TrainState, observed: Observation, ortho: _Orthogonality, config: RunConfig
-) -> tuple[Violations, list[ParameterRows]]:
-    sae = state.sae
-    faith = faithfulness_violation(observed.error, state.controller.log_tau)
-    anchored = ParameterRows(sae.W_dec, slice(sae.n_anchored))
-    drift = drift_violation(anchored.values, sae.anchors, config.constants.delta_drift)
-    violation, rows = ortho.finish()
-    return Violations.of(faith, drift, violation), [anchored, *rows]
-
-
 class _Orthogonality:
     """The orthogonality constraint of one step, on a branch of its own.
 
     It needs the pre-activations and nothing else of the forward pass, and consists of kernels too
-    small to fill a GPU; so does its backward pass, which autograd puts on the same branch.
+    small to fill a GPU; so does its backward pass, which autograd puts on the same branch. Nothing
+    waits for it before the gradients are added up, since its penalty is a loss of its own.
+
+    Attributes:
+        violation: a scalar, −1 where there is no such constraint.
+        losses: its penalty, where there is one.
+        rows: the rows of the decoder that enter it.
+        branch: on which they are made.
     """
 
-    def __init__(self, sae: StratifiedSAE, config: RunConfig, plan: Schedule) -> None:
-        self._sae, self._config, self._plan = sae, config, plan
-        self._branch = Branch()
-        self._violation = torch.full((), -1.0, device=sae.W_dec.device)
-        self._rows: list[ParameterRows] = []
+    def __init__(self, state: TrainState, config: RunConfig, plan: Schedule) -> None:
+        self._state, self._config, self._plan = state, config, plan
+        self.branch = Branch()
+        self.violation = torch.full((), -1.0, device=state.sae.W_dec.device)
+        self.losses: list[Tensor] = []
+        self.rows: list[ParameterRows] = []
 
     def start(self, pre: PreActivations) -> None:
         """Work out the violation, from the pre-activations of the batch."""
         if not self._config.method.orthogonality:
             return
-        with self._branch.beside():
+        with self.branch.beside():
             self._start(pre)
 
     def _start(self, pre: PreActivations) -> None:
-        sae, plan = self._sae, self._plan
+        sae, plan, control = self._state.sae, self._plan, self._state.controller
         # The batch is shuffled already, so its first tokens are a random subset.
         sample = pre.of(plan.ortho_tokens)
         z = sample * (sample > sae.threshold.detach())
@@ -266,13 +286,9 @@ class _Orthogonality:
         together = ParameterRows(sae.W_dec, features, sae.kernel)
         cosine = coactive_cosine_squared(together.values, active)
         c_ortho = self._config.constants.c_ortho
-        self._violation = orthogonality_violation(cosine, sae.d_model, c_ortho)
-        self._rows = [together]
-
-    def finish(self) -> tuple[Tensor, list[ParameterRows]]:
-        """The violation, −1 where there is no such constraint, and the rows that enter it."""
-        self._branch.join()
-        return self._violation, self._rows
+        self.violation = orthogonality_violation(cosine, sae.d_model, c_ortho)
+        self.losses = [penalty(self.violation, control.law.multiplier[ORTHO], control.rho[ORTHO])]
+        self.rows = [together]
 
 
 def record_row(
