@@ -27,7 +27,6 @@ CHECK_EVERY = 50
 SATISFIED_STEPS = 100
 STILL = 0.005
 """Relative change over a tenth of Phase 1 below which the frontier has stopped moving (M15)."""
-DEAD_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class PhaseRun:
                 self._pass_over()
             return
         if logged:
-            dead_after = max(1, DEAD_TOKENS // self.config.batch_size)
-            hooks.log(record_row(state, record, self.config, dead_after))
+            hooks.log(record_row(state, record, self.config))
         if checked and self.phase.may_converge:
             check_convergence(state, self._plan)
         if stop or due:

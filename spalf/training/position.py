@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
 from spalf.activations import buffer_position
 from spalf.config import RunConfig, schedule
+
+if TYPE_CHECKING:
+    from spalf.training.state import TrainState
 
 
 def first_sequence_of_phase_two(config: RunConfig, phase1_end: int) -> int:
@@ -25,6 +32,20 @@ def tokens_seen(config: RunConfig, step: int, phase1_end: int) -> int:
         return step * config.batch_size
     per_step = schedule(config).phase2_sequences * config.seq_len
     return phase1_end * config.batch_size + (step - phase1_end) * per_step
+
+
+def tokens_silent(state: TrainState, config: RunConfig) -> Tensor:
+    """Training tokens since each feature last fired, int64 ``[d_sae]``.
+
+    Args:
+        state: between two steps.
+        config: the run.
+    """
+    if state.phase == 1:
+        return state.stale * config.batch_size
+    in_phase_two = state.stale.clamp_max(state.step - state.phase1_end)
+    per_step = schedule(config).phase2_sequences * config.seq_len
+    return in_phase_two * per_step + (state.stale - in_phase_two) * config.batch_size
 
 
 def stream_position(config: RunConfig, phase1_end: int | None, step: int) -> dict[str, int]:

@@ -25,7 +25,7 @@ from spalf.recording import Branch
 from spalf.sae import ParameterRows, SAEOutput
 from spalf.training.descent import descend
 from spalf.training.phase import Observation, Phase
-from spalf.training.position import tokens_seen
+from spalf.training.position import tokens_seen, tokens_silent
 from spalf.training.schedules import (
     l0_reference,
     lambda_disc,
@@ -40,6 +40,8 @@ REVIVAL_RATE = 3.0
 BANDWIDTH_EVERY = 100
 """Steps between refreshes of the surrogate bandwidth (M6)."""
 BANDWIDTH_TOKENS = 1024
+DEAD_TOKENS = 1_000_000
+"""Tokens without firing after which a feature counts as dead in the log."""
 ORTHO = CONSTRAINTS.index("ortho")
 """Position of the orthogonality constraint, the last, in every vector."""
 
@@ -291,23 +293,20 @@ class _Orthogonality:
         self.rows = [together]
 
 
-def record_row(
-    state: TrainState, record: StepRecord, config: RunConfig, dead_after: int
-) -> dict[str, float | int]:
+def record_row(state: TrainState, record: StepRecord, config: RunConfig) -> dict[str, float | int]:
     """A record as plain numbers, with one transfer from the device.
 
     Args:
         state: after the step.
         record: of the step.
         config: the run.
-        dead_after: steps without firing after which a feature counts as dead.
 
     Returns:
         One row of the metrics log.
     """
     control = state.controller
     scalars = [record.l0, record.mse, record.kl, control.log_tau, record.gradient_norm]
-    dead = (state.stale >= dead_after).double().mean()
+    dead = (tokens_silent(state, config) >= DEAD_TOKENS).double().mean()
     vectors = [record.violations, control.law.multiplier, control.rho]
     flat = torch.cat([torch.stack([s.double() for s in [*scalars, dead]]), *vectors]).tolist()
     l0, mse, kl, log_tau, gradient_norm, dead_fraction = flat[:6]

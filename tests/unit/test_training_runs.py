@@ -22,6 +22,7 @@ from spalf.steps.train import _fresh_state
 from spalf.steps.training import _Sample
 from spalf.training.loop import Hooks, run_phase
 from spalf.training.phase import Phase, phase_one
+from spalf.training.position import tokens_silent
 from spalf.training.schedules import learning_rate, phase_two_rate
 from spalf.training.state import TrainState, load_sae
 from spalf.training.step import REVIVAL_RATE, record_row, train_step
@@ -322,7 +323,9 @@ def test_the_gradient_of_a_step_is_tangent_for_free_columns_only(
     assert total**0.5 == pytest.approx(1.0, rel=1e-3), "clipped"
 
 
-def test_features_that_never_fire_are_counted_as_dead(calibrations: Any, tmp_path: Path) -> None:
+def test_features_that_never_fire_are_counted_as_dead(
+    calibrations: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = planted_config(20)
     state, phase = started(calibrations, tmp_path, config)
     with torch.no_grad():
@@ -331,8 +334,24 @@ def test_features_that_never_fire_are_counted_as_dead(calibrations: Any, tmp_pat
         record = train_step(state, batch, phase, config, schedule(config))
     assert state.stale[:3].tolist() == [8, 8, 8]
     assert (state.stale[3:] < 8).all()
-    assert record_row(state, record, config, dead_after=8)["dead_fraction"] == 3 / 64
-    assert record_row(state, record, config, dead_after=9)["dead_fraction"] == 0.0
+    monkeypatch.setattr("spalf.training.step.DEAD_TOKENS", 8 * config.batch_size)
+    assert record_row(state, record, config)["dead_fraction"] == 3 / 64
+    monkeypatch.setattr("spalf.training.step.DEAD_TOKENS", 8 * config.batch_size + 1)
+    assert record_row(state, record, config)["dead_fraction"] == 0.0
+
+
+def test_silence_is_counted_in_tokens_which_a_step_of_phase_two_has_fewer_of(
+    calibrations: Any, tmp_path: Path
+) -> None:
+    config = planted_config(20)
+    state, _ = started(calibrations, tmp_path, config)
+    state.step, state.stale[:3] = 30, torch.tensor([0, 7, 12])
+    batch, per_step = config.batch_size, schedule(config).phase2_sequences * config.seq_len
+    assert per_step < batch
+    assert tokens_silent(state, config)[:3].tolist() == [0, 7 * batch, 12 * batch]
+    state.phase, state.phase1_end = 2, 20
+    expected = [0, 7 * per_step, 10 * per_step + 2 * batch]
+    assert tokens_silent(state, config)[:3].tolist() == expected
 
 
 def test_bandwidth_is_refreshed(calibrations: Any, tmp_path: Path) -> None:
