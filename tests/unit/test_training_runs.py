@@ -17,6 +17,7 @@ from spalf.checkpoint import Checkpoint
 from spalf.config import RunConfig, schedule
 from spalf.data import TokenSplits
 from spalf.kernels import autoencode
+from spalf.lagrangian import augmented_lagrangian
 from spalf.steps.initialise import initialise_step
 from spalf.steps.train import _fresh_state
 from spalf.steps.training import _Sample
@@ -25,7 +26,7 @@ from spalf.training.phase import Phase, phase_one
 from spalf.training.position import tokens_silent
 from spalf.training.schedules import learning_rate, phase_two_rate
 from spalf.training.state import TrainState, load_sae
-from spalf.training.step import REVIVAL_RATE, record_row, train_step
+from spalf.training.step import REVIVAL_RATE, _forward, record_row, step_inputs, train_step
 from tests.helpers_planted import (
     D_MODEL,
     PlantedModel,
@@ -321,6 +322,31 @@ def test_the_gradient_of_a_step_is_tangent_for_free_columns_only(
     assert record.gradient_norm > 1
     total = sum(float(p.grad.square().sum()) for p in state.sae.parameters() if p.grad is not None)
     assert total**0.5 == pytest.approx(1.0, rel=1e-3), "clipped"
+
+
+def test_the_losses_of_a_step_are_the_augmented_lagrangian_with_every_constraint(
+    calibrations: Any, tmp_path: Path
+) -> None:
+    """In value, and in the price of each violation, orthogonality's included (I5)."""
+    config = planted_config(20)
+    state, phase = started(calibrations, tmp_path, config)
+    law = state.controller.law._replace(multiplier=torch.tensor([2.0, 3.0, 5.0]).double())
+    state.controller = state.controller._replace(law=law)
+    plan = schedule(config)
+    inputs = step_inputs(state, config, plan)._replace(lambda_disc=0.0)
+    passed = _forward(state, (next(phase.batches(0)),), phase, config, plan, inputs)
+    violations, losses = passed.violations, torch.stack(passed.losses).sum()
+    expected = augmented_lagrangian(
+        passed.observed.output.l0.mean() / inputs.l0_ref,
+        torch.stack(list(violations)),
+        law.multiplier,
+        state.controller.rho,
+    )
+    torch.testing.assert_close(losses, expected)
+    prices = torch.autograd.grad(losses, list(violations), retain_graph=True)
+    wanted = (2 * state.controller.rho * violations.observed() + law.multiplier).clamp_min(0)
+    torch.testing.assert_close(torch.stack(prices).double(), wanted)
+    assert wanted[2] > 0, "else orthogonality would have no say here"
 
 
 def test_features_that_never_fire_are_counted_as_dead(
