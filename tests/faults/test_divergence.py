@@ -79,10 +79,12 @@ def _bad_loss(*steps: int) -> Callable[[], None]:
         forward = module._forward
 
         def spoiled(state: Any, *args: Any) -> Any:
-            observed, violations, loss, rows = forward(state, *args)
+            passed = forward(state, *args)
             if state.step + 1 in steps:
-                loss = loss + torch.full_like(loss, float("inf"))
-            return observed, violations, loss, rows
+                first, *others = passed.losses
+                bad = first + torch.full_like(first, float("inf"))
+                passed = passed._replace(losses=(bad, *others))
+            return passed
 
         module._forward = spoiled
 
