@@ -28,13 +28,16 @@ def launching() -> Iterator[None]:
         yield
 
 
-def training_stream() -> torch.cuda.Stream:
+def training_stream(urgent: bool = False) -> torch.cuda.Stream:
     """A stream on which no other thread harvests activations.
 
     There are 32 streams of each priority, handed out in turn, so that two callers may get the same
     one. Harvests take theirs from the lowest priority, which is the default.
+
+    Args:
+        urgent: whether its kernels go before those of other such streams where both wait.
     """
-    return torch.cuda.Stream(priority=-1)
+    return torch.cuda.Stream(priority=-2 if urgent else -1)
 
 
 def record(
@@ -91,11 +94,15 @@ class Branch:
     A step has some hundreds of kernels that are too small to fill a GPU. On branches they run
     beside the few that read and write whole matrices. What a branch makes may be used after
     `join`; whatever it reads has to live until then.
+
+    Args:
+        urgent: for many small kernels one after another, which would otherwise each wait for a
+            large one to make room.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, urgent: bool = False) -> None:
         recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        self._stream = training_stream() if recording else None
+        self._stream = training_stream(urgent) if recording else None
         self._begun = False
 
     @contextmanager

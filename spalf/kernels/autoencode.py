@@ -15,6 +15,7 @@ from torch.nn import functional
 from spalf.kernels.dispatch import Choice, Implementation, choose, jumprelu
 from spalf.kernels.reference import Surrogate
 from spalf.kernels.torch_lists import TorchListAutoencode
+from spalf.recording import Branch
 
 Precision = Literal["float32", "bfloat16"]
 """Type of the operands of matrix products; sums, codes and parameters are float32."""
@@ -102,6 +103,9 @@ class Autoencoded:
         fired: whether each feature was active at all, bool ``[d_sae]``.
         overflow: whether lists were too short, so that the pass is void; bool scalar.
         pre: pre-activations.
+        listed: entries that lists in Triton took or would have taken, int32 scalar; ``None`` where
+            there are no such lists.
+        capacity: entries they could take.
     """
 
     x_hat: Tensor
@@ -110,6 +114,8 @@ class Autoencoded:
     fired: Tensor
     overflow: Tensor
     pre: PreActivations
+    listed: Tensor | None = None
+    capacity: int = 0
 
 
 def autoencode(
@@ -207,10 +213,10 @@ def _sparse(
     pre = PreActivations(inputs @ encoder.T, p.b_enc.detach())
     if meanwhile is not None:
         meanwhile(pre)
-    x_hat, l0, sub, fired, overflow = SparseAutoencode.apply(
+    x_hat, l0, sub, fired, overflow, listed = SparseAutoencode.apply(
         x, *p[:6], Operands(inputs, encoder, decoder), pre.raw, plan
     )
-    return Autoencoded(x_hat, l0, sub, fired, overflow, pre)
+    return Autoencoded(x_hat, l0, sub, fired, overflow, pre, listed, plan.capacity)
 
 
 def _dtype(precision: Precision) -> torch.dtype:
@@ -232,7 +238,7 @@ class Operands(NamedTuple):
 
 
 class SparseAutoencode(torch.autograd.Function):
-    """What follows the encoder's product, on lists of entries: (x̂, l0, sub, fired, overflow).
+    """What follows the encoder's product: (x̂, l0, sub, fired, overflow, listed), from lists.
 
     Its gradients are those of `autoencode` as a whole, of that product too.
     """
@@ -261,12 +267,12 @@ class SparseAutoencode(torch.autograd.Function):
         found = triton_lists.scan(raw, b_enc, threshold, lower, plan.sub_rows, plan.capacity)
         lists = found.lists
         x_hat = triton_sparse.decode(lists, lists.value, decoder, b_dec, threshold)
-        overflow = lists.overflow
+        found.aside.join()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(found.fired, overflow)
+        ctx.mark_non_differentiable(found.fired, lists.overflow, lists.total)
         ctx.save_for_backward(inputs, encoder, decoder, threshold, bandwidth, b_enc, raw)
         ctx.lists, ctx.plan = lists, plan
-        return x_hat, found.l0, found.subthreshold, found.fired, overflow
+        return x_hat, found.l0, found.subthreshold, found.fired, lists.overflow, lists.total
 
     @staticmethod
     @once_differentiable
@@ -278,6 +284,9 @@ class SparseAutoencode(torch.autograd.Function):
 
         inputs, encoder, decoder, threshold, bandwidth, b_enc, raw = ctx.saved_tensors
         upstream = (None if dx_hat is None else dx_hat.to(inputs.dtype), dl0, dsub)
+        summing = Branch()
+        with summing.beside():
+            d_b_dec = None if dx_hat is None else dx_hat.sum(dim=0)
         grads = triton_sparse.gradients(
             ctx.lists, threshold, bandwidth, decoder, inputs, upstream,
             moreau=ctx.plan.surrogate == "moreau",
@@ -295,7 +304,7 @@ class SparseAutoencode(torch.autograd.Function):
             grads.bias.add_(d_below.sum(dim=0))
             if d_x is not None:
                 d_x[:rows].addmm_(d_below, encoder.float())
-        d_b_dec = None if dx_hat is None else dx_hat.sum(dim=0)
+        summing.join()
         return (
             d_x, grads.encoder, grads.bias, grads.threshold, grads.decoder, d_b_dec,
             None, None, None, None,

@@ -2,7 +2,8 @@
 
 Plain PyTorch passes over the batch some fifteen times between the reconstruction and its gradient;
 here one pass makes the residual and its square, and one the square of its product with the factor
-of the metric. Every sum has a fixed order.
+of the metric. All of the gradient but its slope, a number that depends on the error of the whole
+batch, is there before that number is. Every sum has a fixed order.
 
 Importing this module imports triton. With ``TRITON_INTERPRET=1`` set before that, the same kernels
 run on CPU tensors.
@@ -64,7 +65,7 @@ class TritonErrors(torch.autograd.Function):
         factor: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Keeps the residual in the metric's coordinates."""
+        """Keeps the gradient of x̂ for a slope of 1."""
         rows, width = x_hat.shape
         residual = torch.empty(rows, width, dtype=dtype, device=x_hat.device)
         squares = torch.empty(2, rows, device=x_hat.device)
@@ -73,13 +74,16 @@ class TritonErrors(torch.autograd.Function):
             x.contiguous(), x_hat.contiguous(), residual, squares[0], 1 / scale, width,
             COLUMNS=columns,
         )  # fmt: skip
-        product = residual
+        direction = residual
         if factor is None:
             squares[1].copy_(squares[0])
         else:
-            product = residual @ factor.to(dtype)
+            operand = factor.to(dtype)
+            product = residual @ operand
+            if ctx.needs_input_grad[0]:
+                direction = _product(product, operand.T)
             _square_kernel[(rows,)](product, squares[1], width, COLUMNS=columns)
-        ctx.save_for_backward(product, factor)
+        ctx.save_for_backward(direction)
         mse, error = squares.mean(dim=1)
         ctx.mark_non_differentiable(mse)
         return error, mse
@@ -87,13 +91,14 @@ class TritonErrors(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_error: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x̂, float32: a product with the factor, transposed."""
-        product, factor = ctx.saved_tensors
-        slope = d_error * (-2.0 / len(product))
-        if factor is None:
-            return product.float() * slope, None, None, None, None
-        # Of the two to be multiplied with the slope the factor is the smaller.
-        back = (factor * slope).to(product.dtype).T
-        if product.is_cuda and product.dtype != torch.float32:
-            return torch.mm(product, back, out_dtype=torch.float32), None, None, None, None
-        return (product @ back).float(), None, None, None, None
+        """The gradient of x̂, float32."""
+        (direction,) = ctx.saved_tensors
+        slope = d_error * (-2.0 / len(direction))
+        return direction * slope, None, None, None, None
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, in float32 where the device can."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right

@@ -53,9 +53,10 @@ class EntryLists(NamedTuple):
             `SEGMENT` of its entries that has begun, and at least one.
         segment_feature: feature of each segment, d_sae where there is none any more,
             ``[d_sae + capacity/SEGMENT]``.
+        total: entries there are, also of those there was no room for, a scalar.
         overflow: whether entries had to be left out, bool scalar.
         sorting: to be joined before anything that is in feature order is used.
-        key: what is sorted, ``[capacity]``.
+        key: what is sorted, ``[capacity]``, in as few bits as will do.
     """
 
     token_start: Tensor
@@ -67,6 +68,7 @@ class EntryLists(NamedTuple):
     order: Tensor
     segment_start: Tensor
     segment_feature: Tensor
+    total: Tensor
     overflow: Tensor
     sorting: Branch
     key: Tensor
@@ -81,12 +83,14 @@ class Scanned(NamedTuple):
         fired: whether each feature was active at all, bool ``[d_sae]``; not to be used before
             ``lists.sorting`` has been joined, nor where there was an overflow.
         lists: the entries.
+        aside: to be joined before ``subthreshold`` is used.
     """
 
     l0: Tensor
     subthreshold: Tensor
     fired: Tensor
     lists: EntryLists
+    aside: Branch
 
 
 @triton.jit
@@ -180,6 +184,7 @@ def _fill_kernel(
     n_rows,
     n_columns,
     n_words,
+    FIRST_KEY: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -202,7 +207,8 @@ def _fill_kernel(
                 ).to(tl.float32)
                 value += tl.load(bias_ptr + column, mask=kept, other=0.0)
                 tl.store(feature_ptr + place, column, mask=kept)
-                tl.store(key_ptr + place, 2 * column + near, mask=kept)
+                key = FIRST_KEY + 2 * column + near
+                tl.store(key_ptr + place, key.to(key_ptr.dtype.element_ty), mask=kept)
                 tl.store(token_ptr + place, row + tl.zeros_like(place), mask=kept)
                 tl.store(value_ptr + place, value, mask=kept)
                 rest = rest ^ lowest
@@ -235,33 +241,42 @@ def scan(
         raw, bias, threshold, lower, l0, listed, mask, n_rows, n_columns, n_words,
         ROWS=rows, WORDS=words, num_warps=4,
     )  # fmt: skip
-    sub = torch.empty(sub_rows, device=device)
-    if sub_rows:
-        _subthreshold_kernel[(sub_rows,)](
-            raw, bias, threshold, sub, n_columns, COLUMNS=SUBTHRESHOLD_COLUMNS, num_warps=4
-        )
     token_start = torch.zeros(n_rows + 1, dtype=torch.int32, device=device)
     torch.cumsum(listed, dim=0, dtype=torch.int32, out=token_start[1:])
     active_end = torch.empty(n_rows, dtype=torch.int32, device=device)
-    key = torch.full((capacity,), 2 * n_columns, dtype=torch.int32, device=device)
+    # Every byte of a key costs a pass over all of them. Room that is not used comes last: it has
+    # the largest key, and where an entry has that as well, sorting leaves the two in order.
+    key_type = torch.int16 if n_columns <= 2**15 else torch.int32
+    first_key = torch.iinfo(key_type).min if key_type == torch.int16 else 0
+    key = torch.full((capacity,), torch.iinfo(key_type).max, dtype=key_type, device=device)
     feature, token = torch.empty(2, capacity, dtype=torch.int32, device=device)
     value = torch.empty(capacity, device=device)
     _fill_kernel[(n_rows,)](
         raw, bias, mask, token_start, active_end, feature, key, token, value,
-        capacity, n_rows, n_columns, n_words, WORDS=FILL_WORDS, num_warps=FILL_WARPS,
+        capacity, n_rows, n_columns, n_words, FIRST_KEY=first_key, WORDS=FILL_WORDS,
+        num_warps=FILL_WARPS,
     )  # fmt: skip
+    sub = torch.empty(sub_rows, device=device)
+    aside = Branch()
+    if sub_rows:
+        with aside.beside():
+            _subthreshold_kernel[(sub_rows,)](
+                raw, bias, threshold, sub, n_columns, COLUMNS=SUBTHRESHOLD_COLUMNS, num_warps=4
+            )
+    total = token_start[-1:]
     sorting = Branch()
     with sorting.beside():
         by_feature = torch.sort(key, stable=True)
-        bounds = torch.arange(2 * n_columns + 1, dtype=torch.int32, device=device)
-        feature_start = torch.searchsorted(by_feature.values, bounds, out_int32=True)
+        keys = torch.arange(first_key, first_key + 2 * n_columns, dtype=key_type, device=device)
+        starts = torch.searchsorted(by_feature.values, keys, out_int32=True)
+        feature_start = torch.cat([starts, total.clamp_max(capacity)])
         fired = feature_start[1::2] > feature_start[:-1:2]
         segment_start, segment_feature = _segments(feature_start, capacity)
     lists = EntryLists(
         token_start, active_end, feature, token, value, feature_start, by_feature.indices,
-        segment_start, segment_feature, token_start[-1] > capacity, sorting, key,
+        segment_start, segment_feature, total[0], total[0] > capacity, sorting, key,
     )  # fmt: skip
-    return Scanned(l0, sub, fired, lists)
+    return Scanned(l0, sub, fired, lists, aside)
 
 
 def _segments(feature_start: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spalf.kernels.triton_lists import SEGMENT, EntryLists
+from spalf.recording import Branch
 
 DECODE_TILE = (8, 2048)
 """Entries and columns a decoding program handles at a time."""
@@ -153,30 +154,41 @@ def _row_gradient_kernel(
         column_inside = columns < width
         segment = number - tl.load(segment_start_ptr + feature)
         begin = tl.load(feature_start_ptr + 2 * feature) + segment * SEGMENT_ENTRIES
-        active_end = tl.load(feature_start_ptr + 2 * feature + 1)
         end = tl.minimum(begin + SEGMENT_ENTRIES, tl.load(feature_start_ptr + 2 * feature + 2))
+        active_end = tl.minimum(tl.load(feature_start_ptr + 2 * feature + 1), end)
         row = feature.to(tl.int64) * width + columns
         weight = tl.load(weight_ptr + row, mask=column_inside, other=0.0)
         d_decoder = tl.zeros((COLUMNS,), dtype=tl.float32)
         d_encoder = tl.zeros((COLUMNS,), dtype=tl.float32)
-        for first in range(begin, end, ENTRIES):
-            places = first + tl.arange(0, ENTRIES)
+        # Which rows an entry needs is looked up while those of the entries before it are on their
+        # way: the place in the list two rounds ahead, token and code one round.
+        places = begin + tl.arange(0, ENTRIES)
+        entry = tl.load(order_ptr + places, mask=places < end, other=0)
+        later = tl.load(order_ptr + places + ENTRIES, mask=places + ENTRIES < end, other=0)
+        token = tl.load(token_ptr + entry, mask=places < end, other=0).to(tl.int64)
+        code = tl.load(value_ptr + entry, mask=places < active_end, other=0.0)
+        for _ in range(begin, end, ENTRIES):
             inside = places < end
             # Entries of the window alone need dz, for their threshold, and change no weight.
-            active = places < tl.minimum(active_end, end)
-            entry = tl.load(order_ptr + places, mask=inside, other=0)
-            token = tl.load(token_ptr + entry, mask=inside, other=0).to(tl.int64)
-            code = tl.load(value_ptr + entry, mask=active, other=0.0)
+            active = places < active_end
             at = token[:, None] * width + columns[None, :]
             # One look at a row of the gradient serves both products it is in.
             used = inside[:, None] & column_inside[None, :]
             upstream = tl.load(gradient_ptr + at, mask=used, other=0.0).to(tl.float32)
             used = active[:, None] & column_inside[None, :]
             seen = tl.load(input_ptr + at, mask=used, other=0.0).to(tl.float32)
+            places += ENTRIES
+            next_token = tl.load(token_ptr + later, mask=places < end, other=0).to(tl.int64)
+            next_code = tl.load(value_ptr + later, mask=places < active_end, other=0.0)
+            next_later = tl.load(order_ptr + places + ENTRIES, mask=places + ENTRIES < end, other=0)
             dz = tl.sum(upstream * weight.to(tl.float32)[None, :], axis=1)
             tl.store(dz_ptr + entry, dz, mask=inside)
             d_decoder += tl.sum(code[:, None] * upstream, axis=0)
             d_encoder += tl.sum(dz[:, None] * seen, axis=0)
+            entry = later
+            later = next_later
+            token = next_token
+            code = next_code
         if segment == 0:
             tl.store(d_decoder_ptr + row, d_decoder, mask=column_inside)
             tl.store(d_encoder_ptr + row, d_encoder, mask=column_inside)
@@ -285,27 +297,39 @@ def gradients(
     lists.sorting.join()
     dx, dl0, dsub = (None if grad is None else grad.contiguous() for grad in upstream)
     if dx is None:
-        d_entry = None
+        d_entry = rest = None
         d_encoder, d_decoder = torch.zeros(2, d_sae, width, device=device)
     else:
-        d_entry, d_encoder, d_decoder = _row_gradients(lists, decoder, dx, inputs)
+        d_entry, d_encoder, d_decoder, rest = _row_gradients(lists, decoder, dx, inputs)
     d_bias, d_threshold = torch.empty(2, d_sae, device=device)
-    # The kernel never follows an absent tensor's pointer; `threshold` only stands in for it.
-    _threshold_kernel[(d_sae,)](
-        lists.feature_start, lists.order, lists.token, lists.value,
-        threshold if d_entry is None else d_entry, threshold, bandwidth,
-        threshold if dl0 is None else dl0, threshold if dsub is None else dsub,
-        d_bias, d_threshold, 0 if dsub is None else dsub.numel(),
-        HAS_DX=dx is not None, HAS_DL0=dl0 is not None, HAS_DSUB=dsub is not None, MOREAU=moreau,
-        ENTRIES=32, num_warps=1,
-    )  # fmt: skip
+    aside = Branch()
+    with aside.beside():
+        # The kernel never follows an absent tensor's pointer; `threshold` only stands in for it.
+        _threshold_kernel[(d_sae,)](
+            lists.feature_start, lists.order, lists.token, lists.value,
+            threshold if d_entry is None else d_entry, threshold, bandwidth,
+            threshold if dl0 is None else dl0, threshold if dsub is None else dsub,
+            d_bias, d_threshold, 0 if dsub is None else dsub.numel(),
+            HAS_DX=dx is not None, HAS_DL0=dl0 is not None, HAS_DSUB=dsub is not None,
+            MOREAU=moreau, ENTRIES=32, num_warps=1,
+        )  # fmt: skip
+    if rest is not None:
+        _combine_kernel[(d_sae,)](
+            lists.segment_start, rest, d_encoder, d_decoder, width,
+            COLUMNS=triton.next_power_of_2(width),
+        )  # fmt: skip
+    aside.join()
     return Gradients(d_encoder, d_decoder, d_bias, d_threshold, d_entry)
 
 
 def _row_gradients(
     lists: EntryLists, decoder: Tensor, dx: Tensor, inputs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of listed codes ``[capacity]``, and of encoder and decoder, float32 like it."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of listed codes ``[capacity]``, and of encoder and decoder, float32 like it.
+
+    Those of the matrices are of each feature's first segment; those of the others come last,
+    ``[extra segments, 2, width]``.
+    """
     device, (d_sae, width) = dx.device, decoder.shape
     n_segments = lists.segment_feature.numel()
     d_entry = torch.empty(lists.feature.numel(), device=device)
@@ -318,7 +342,4 @@ def _row_gradients(
         SEGMENT_ENTRIES=SEGMENT, ENTRIES=GRADIENT_ENTRIES, COLUMNS=columns,
         num_warps=min(16, max(1, columns * decoder.element_size() // GRADIENT_BYTES)),
     )  # fmt: skip
-    _combine_kernel[(d_sae,)](
-        lists.segment_start, rest, d_encoder, d_decoder, width, COLUMNS=columns
-    )
-    return d_entry, d_encoder, d_decoder
+    return d_entry, d_encoder, d_decoder, rest

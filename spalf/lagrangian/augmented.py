@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 def psi(g: Tensor, y: Tensor) -> Tensor:
@@ -15,7 +19,15 @@ def psi(g: Tensor, y: Tensor) -> Tensor:
     Returns:
         Same shape; continuous with its first derivative, and at most 0 where g ≤ 0.
     """
-    return ((2 * g + y).clamp_min(0).square() - y.square()) / 4
+    return _psi(_reach(g, y), y)
+
+
+def _reach(g: Tensor, y: Tensor) -> Tensor:
+    return (2 * g + y).clamp_min(0)
+
+
+def _psi(reach: Tensor, y: Tensor) -> Tensor:
+    return (reach.square() - y.square()) / 4
 
 
 def penalty(violations: Tensor, multipliers: Tensor, penalties: Tensor) -> Tensor:
@@ -31,7 +43,30 @@ def penalty(violations: Tensor, multipliers: Tensor, penalties: Tensor) -> Tenso
     """
     rho = penalties.detach().to(violations.dtype)
     y = multipliers.detach().to(violations.dtype) / rho
-    return (rho * psi(violations, y)).sum()
+    total: Tensor = _Penalty.apply(violations, y, rho)
+    return total
+
+
+class _Penalty(Function):
+    """Σ_i ρ_i·Ψ(g_i, y_i), with its gradient made on the way there.
+
+    These are scalars: on a GPU each operation costs the same, however little it does, and all of
+    the backward pass waits for the last of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, y: Tensor, rho: Tensor) -> Tensor:
+        """``g``, ``y`` and ``rho`` of one shape; a scalar."""
+        reach = _reach(g, y)
+        ctx.save_for_backward(rho * reach)
+        return (rho * _psi(reach, y)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
+        """ρ·max(0, 2g + y)."""
+        (slope,) = ctx.saved_tensors
+        return d_total * slope, None, None
 
 
 def augmented_lagrangian(

@@ -225,6 +225,16 @@ class StratifiedSAE(nn.Module):
         capacity = list_capacity(tokens, self.d_sae, expected_l0, self.list_margin)
         return choice.implementation, capacity
 
+    def fit_lists(self, encoded: Autoencoded) -> None:
+        """Take back room for entries that was needed once and no longer is; waits for the device.
+
+        What is left is at least twice what the pass took.
+        """
+        if self.list_margin == 1 or encoded.listed is None:
+            return
+        if 4 * int(encoded.listed) <= encoded.capacity:
+            self.list_margin /= 2
+
     def _say(self, choice: Choice) -> None:
         """Log how codes are computed, once for each way."""
         if choice.implementation not in self._said:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +26,27 @@ GRADIENT_NORM = 1.0
 """Global norm to which the gradient is clipped."""
 
 
+class Descent(NamedTuple):
+    """A step of Adam.
+
+    Attributes:
+        gradient_norm: global norm of the projected gradient, before clipping.
+        matrices: the branch on which the matrices are moved; to be joined before they are used.
+        held: what that branch reads and nobody else holds.
+    """
+
+    gradient_norm: Tensor
+    matrices: Branch
+    held: tuple[Tensor, ...] = ()
+
+
 def descend(
     state: TrainState,
     losses: Sequence[Tensor],
     rows: Iterable[ParameterRows],
     overflow: Tensor | None,
     lr: float | Tensor,
-) -> Tensor:
+) -> Descent:
     """One step of Adam on the Lagrangian with the free columns kept on the unit sphere, in place.
 
     A step whose loss or gradient is not finite, or whose forward pass was void, changes nothing.
@@ -42,9 +58,6 @@ def descend(
         rows: parts of parameters that are leaves of their own.
         overflow: whether the forward pass was void for want of room.
         lr: learning rate of this step.
-
-    Returns:
-        Global norm of the projected gradient, before clipping.
     """
     state.optimizer.zero_grad(set_to_none=True)
     fused = choose(state.sae.W_dec, state.sae.kernel).implementation == "triton"
@@ -61,14 +74,14 @@ def descend(
     log_threshold = state.sae.log_threshold.detach()
     before = log_threshold.clone()
     if corrections is None:
-        norm = _plain(state, loss, overflow, lr)
+        done = _plain(state, loss, overflow, lr)
     else:
-        norm = _fused(state, loss, overflow, corrections)
+        done = _fused(state, loss, overflow, corrections)
     log_threshold.add_(log_threshold - before, alpha=THRESHOLD_STEP - 1)
-    return norm
+    return done
 
 
-def _plain(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float | Tensor) -> Tensor:
+def _plain(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float | Tensor) -> Descent:
     for group in state.optimizer.param_groups:
         group["lr"] = float(lr)
     state.sae.project_gradient()
@@ -76,13 +89,13 @@ def _plain(state: TrainState, loss: Tensor, overflow: Tensor | None, lr: float |
     state.guard.observe(loss, norm, overflow)
     state.guard.update(state.optimizer)
     state.sae.normalise_free_columns(unless=state.guard.found)
-    return norm
+    return Descent(norm, Branch())
 
 
 @torch.no_grad()
 def _fused(
     state: TrainState, loss: Tensor, overflow: Tensor | None, corrections: tuple[Tensor, Tensor]
-) -> Tensor:
+) -> Descent:
     """The same in one pass over memory for the norm and one for everything else."""
     # Imported late: machines without a GPU need no triton, and importing it is slow.
     from spalf.kernels.triton_adam import AdamScalars, adam, square_norms
@@ -92,23 +105,27 @@ def _fused(
     spheres = {sae.W_dec: sae.n_anchored}
     squares = [square_norms(_grad(p), p, spheres.get(p)) for p in parameters]
     norm = torch.cat(squares).sum().sqrt()
+    clipping, counting, matrices = Branch(), Branch(), Branch()
+    with clipping.beside():
+        clip = (GRADIENT_NORM / (norm + 1e-6)).clamp_max(1.0)
     state.guard.observe(loss, norm, overflow)
     frozen = state.guard.found
-    counting = Branch()
     with counting.beside():
         for p in parameters:
             slots[p]["step"].add_(1 - frozen)
-    clip = (GRADIENT_NORM / (norm + 1e-6)).clamp_max(1.0)
+    clipping.join()
     scalars = AdamScalars(*corrections, clip=clip, frozen=frozen)
     group_of = {p: group for group in state.optimizer.param_groups for p in group["params"]}
     for p in parameters:
         moments, group = (slots[p]["exp_avg"], slots[p]["exp_avg_sq"]), group_of[p]
-        adam(
-            _grad(p), p, moments, scalars, group["betas"], group["eps"], spheres.get(p),
-            copy=sae.operand_of(p),
-        )  # fmt: skip
+        # What remains of the step touches vectors only.
+        with matrices.beside() if p.ndim == 2 else nullcontext():
+            adam(
+                _grad(p), p, moments, scalars, group["betas"], group["eps"], spheres.get(p),
+                copy=sae.operand_of(p),
+            )  # fmt: skip
     counting.join()
-    return norm
+    return Descent(norm, matrices, scalars)
 
 
 @torch.no_grad()

@@ -132,7 +132,7 @@ def advance(
     passed = _forward(state, given, phase, config, plan, inputs)
     observed = passed.observed
     encoded = observed.output.encoded
-    controlling = Branch()
+    controlling = Branch(urgent=True)
     with controlling.beside():
         passed.orthogonality.join()
         violations = passed.violations.observed()
@@ -140,7 +140,7 @@ def advance(
         reading = ControllerReading(violations, l0, inputs.l0_ref)
         after = update(state.controller, reading, phase.gains)
         before, moved = pack(state.controller), pack(after)
-    gradient_norm = descend(state, passed.losses, passed.rows, encoded.overflow, inputs.lr)
+    descent = descend(state, passed.losses, passed.rows, encoded.overflow, inputs.lr)
     silent = torch.where(encoded.fired, torch.zeros_like(state.stale), state.stale + 1)
     state.stale = state.guard.keep(state.stale, silent)
     if config.method.revival and state.phase == 1:
@@ -148,7 +148,9 @@ def advance(
     controlling.join()
     state.controller = unpack(state.guard.keep(before, moved), after)
     kl = observed.mse.new_full((), torch.nan) if observed.kl is None else observed.kl
-    record = StepRecord(inputs.lr, inputs.l0_ref, l0, observed.mse, kl, violations, gradient_norm)
+    descent.matrices.join()
+    norm = descent.gradient_norm
+    record = StepRecord(inputs.lr, inputs.l0_ref, l0, observed.mse, kl, violations, norm)
     return record, observed.output
 
 
@@ -169,8 +171,32 @@ def finish_step(state: TrainState, output: SAEOutput, config: RunConfig) -> None
     """What the host does after a step: count it, and refresh the bandwidth where it is due (M6)."""
     state.step += 1
     if state.step % BANDWIDTH_EVERY == 0 and not state.guard.stalled():
+        state.sae.fit_lists(output.encoded)
         sample = output.encoded.pre.of(BANDWIDTH_TOKENS)
         state.sae.refresh_bandwidth(sample, config.constants.c_eps)
+
+
+class _Constants(NamedTuple):
+    """What the controller has decided for a step, in the type of the violations.
+
+    Attributes:
+        multiplier: λ, ``[3]``.
+        rho: ρ, ``[3]``.
+        log_tau: a scalar.
+        branch: on which they are made; to be joined before they are used.
+    """
+
+    multiplier: Tensor
+    rho: Tensor
+    log_tau: Tensor
+    branch: Branch
+
+
+def _constants(state: TrainState) -> _Constants:
+    control, branch = state.controller, Branch(urgent=True)
+    with branch.beside():
+        multiplier, rho = control.law.multiplier.float(), control.rho.float()
+        return _Constants(multiplier, rho, control.log_tau.float(), branch)
 
 
 class _Forward(NamedTuple):
@@ -201,21 +227,26 @@ def _forward(
     inputs: StepInputs,
 ) -> _Forward:
     """What the batch shows, and the augmented Lagrangian."""
-    sae, control = state.sae, state.controller
-    ortho = _Orthogonality(state, config, plan)
-    observed = phase.observe(state, given, ortho.start)
-    faith = faithfulness_violation(observed.error, control.log_tau)
+    sae, constants = state.sae, _constants(state)
+    ortho = _Orthogonality(state, config, plan, constants)
     anchored = ParameterRows(sae.W_dec, slice(sae.n_anchored))
-    drift = drift_violation(anchored.values, sae.anchors, config.constants.delta_drift)
-    objective = sparsity_objective(
-        observed.output.l0,
-        observed.output.subthreshold,
-        l0_ref=inputs.l0_ref,
-        lambda_disc=inputs.lambda_disc,
-        d_model=sae.d_model,
-    )
+    with constants.branch.beside():
+        drift = drift_violation(anchored.values, sae.anchors, config.constants.delta_drift)
+    observed = phase.observe(state, given, ortho.start)
+    sparsity = Branch(urgent=True)
+    with sparsity.beside():
+        objective = sparsity_objective(
+            observed.output.l0,
+            observed.output.subthreshold,
+            l0_ref=inputs.l0_ref,
+            lambda_disc=inputs.lambda_disc,
+            d_model=sae.d_model,
+        )
+    constants.branch.join()
+    faith = faithfulness_violation(observed.error, constants.log_tau)
+    sparsity.join()
     loss = augmented_lagrangian(
-        objective, torch.stack([faith, drift]), control.law.multiplier[:ORTHO], control.rho[:ORTHO]
+        objective, torch.stack([faith, drift]), constants.multiplier[:ORTHO], constants.rho[:ORTHO]
     )
     violations = Violations(faith, drift, ortho.violation)
     return _Forward(
@@ -265,9 +296,12 @@ class _Orthogonality:
         branch: on which they are made.
     """
 
-    def __init__(self, state: TrainState, config: RunConfig, plan: Schedule) -> None:
+    def __init__(
+        self, state: TrainState, config: RunConfig, plan: Schedule, constants: _Constants
+    ) -> None:
         self._state, self._config, self._plan = state, config, plan
-        self.branch = Branch()
+        self._constants = constants
+        self.branch = Branch(urgent=True)
         self.violation = torch.full((), -1.0, device=state.sae.W_dec.device)
         self.losses: list[Tensor] = []
         self.rows: list[ParameterRows] = []
@@ -280,7 +314,7 @@ class _Orthogonality:
             self._start(pre)
 
     def _start(self, pre: PreActivations) -> None:
-        sae, plan, control = self._state.sae, self._plan, self._state.controller
+        sae, plan, constants = self._state.sae, self._plan, self._constants
         # The batch is shuffled already, so its first tokens are a random subset.
         sample = pre.of(plan.ortho_tokens)
         z = sample * (sample > sae.threshold.detach())
@@ -289,7 +323,8 @@ class _Orthogonality:
         cosine = coactive_cosine_squared(together.values, active)
         c_ortho = self._config.constants.c_ortho
         self.violation = orthogonality_violation(cosine, sae.d_model, c_ortho)
-        self.losses = [penalty(self.violation, control.law.multiplier[ORTHO], control.rho[ORTHO])]
+        constants.branch.join()
+        self.losses = [penalty(self.violation, constants.multiplier[ORTHO], constants.rho[ORTHO])]
         self.rows = [together]
 
 

@@ -302,3 +302,28 @@ def test_room_for_the_lists_is_a_power_of_two_and_at_most_everything() -> None:
     assert list_capacity(4096, 32_768, 64.0) == 2**20
     assert list_capacity(4096, 32_768, 64.0, margin=2.0) == 2**21
     assert list_capacity(4, 100, 50.0) == 400
+
+
+@pytest.mark.parametrize("d_sae", [2**15, 2**15 + 1])
+def test_features_keep_their_order_where_keys_use_all_of_their_bits(d_sae: int) -> None:
+    """The key of the last feature's entries is the one that room not in use has, or near it."""
+    from spalf.kernels.triton_lists import scan
+
+    last = d_sae - 1
+    raw = torch.zeros(3, d_sae, device=DEVICE)
+    for token, feature, value in ((0, last, 2.0), (2, last, 3.0), (1, 0, 1.0), (0, 5, 0.45)):
+        raw[token, feature] = value
+    bias = torch.zeros(d_sae, device=DEVICE)
+    found = scan(raw, bias, bias + 0.5, bias + 0.4, sub_rows=2, capacity=16)
+    found.aside.join()
+    found.lists.sorting.join()
+    order = found.lists.order[:4]
+    assert int(found.lists.total) == 4 and not found.lists.overflow
+    assert found.lists.feature[order].tolist() == [0, 5, last, last]
+    assert found.lists.token[order].tolist() == [1, 0, 0, 2]
+    start = found.lists.feature_start.tolist()
+    assert [start[2 * feature] for feature in (0, 5, last, d_sae)] == [0, 1, 2, 4]
+    assert [start[2 * feature + 1] for feature in (0, 5, last)] == [1, 1, 4]
+    assert found.fired.nonzero().flatten().tolist() == [0, last]
+    assert found.l0.tolist() == [1.0, 1.0, 1.0]
+    assert found.subthreshold.tolist() == pytest.approx([0.45**2, 0.0])

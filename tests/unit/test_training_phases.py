@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -327,3 +328,16 @@ def one_step_state(config: RunConfig) -> TrainState:
     state.phase, state.step = 2, plan.phase1_steps
     state.cooldown_start = plan.phase1_steps - plan.cooldown_steps
     return state
+
+
+def test_room_for_lists_is_given_back_where_less_than_a_quarter_is_used() -> None:
+    sae = transparent_sae(4)
+    encoded = sae(torch.zeros(2, 4)).encoded
+    sae.list_margin, margins = 4.0, []
+    for listed in (600, 251, 250, 250, 250):
+        sae.fit_lists(replace(encoded, listed=torch.tensor(listed), capacity=1000))
+        margins.append(sae.list_margin)
+    assert margins == [4.0, 4.0, 2.0, 1.0, 1.0]
+    sae.list_margin = 4.0
+    sae.fit_lists(encoded)
+    assert sae.list_margin == 4.0, "dense products need no room"
