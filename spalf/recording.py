@@ -8,11 +8,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+Precedence = Literal["last", "usual", "first"]
+PRIORITY: dict[Precedence, int] = {"last": -1, "usual": -2, "first": -3}
+"""Of CUDA streams, the lowest number first."""
 
 _launching = threading.RLock()
 
@@ -28,16 +32,16 @@ def launching() -> Iterator[None]:
         yield
 
 
-def training_stream(urgent: bool = False) -> torch.cuda.Stream:
+def training_stream(precedence: Precedence = "usual") -> torch.cuda.Stream:
     """A stream on which no other thread harvests activations.
 
     There are 32 streams of each priority, handed out in turn, so that two callers may get the same
     one. Harvests take theirs from the lowest priority, which is the default.
 
     Args:
-        urgent: whether its kernels go before those of other such streams where both wait.
+        precedence: of its kernels over those of other such streams where both wait.
     """
-    return torch.cuda.Stream(priority=-2 if urgent else -1)
+    return torch.cuda.Stream(priority=PRIORITY[precedence])
 
 
 def record(
@@ -96,13 +100,14 @@ class Branch:
     `join`; whatever it reads has to live until then.
 
     Args:
-        urgent: for many small kernels one after another, which would otherwise each wait for a
-            large one to make room.
+        precedence: ``first`` for many small kernels one after another, each of which would
+            otherwise wait for a large one to make room; ``last`` for large ones beside which small
+            ones go on.
     """
 
-    def __init__(self, urgent: bool = False) -> None:
+    def __init__(self, precedence: Precedence = "usual") -> None:
         recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        self._stream = training_stream(urgent) if recording else None
+        self._stream = training_stream(precedence) if recording else None
         self._begun = False
 
     @contextmanager

@@ -63,6 +63,7 @@ def launch_everything(width: int, dtype: torch.dtype) -> None:
     """Call whatever launches a kernel, going there and back."""
     from spalf.kernels.autoencode import Parameters, Plan, autoencode
     from spalf.kernels.triton_adam import AdamScalars, adam, square_norms
+    from spalf.kernels.triton_coactive import TritonCoactive
     from spalf.kernels.triton_error import TritonErrors
     from spalf.kernels.triton_jumprelu import TritonJumpReLU
     from spalf.kernels.triton_rows import add_rows, sort_places
@@ -83,6 +84,9 @@ def launch_everything(width: int, dtype: torch.dtype) -> None:
         (z.float().sum() + l0.sum() + sub.sum()).backward()
     error, _ = TritonErrors.apply(matrices[0][:tokens], x, 2.0, torch.eye(width), dtype)
     error.backward()
+    for features in (8, 128, 512):
+        together = torch.randn(2, features, 4, requires_grad=True)
+        TritonCoactive.apply(together, torch.ones(2, features), 1e-24).backward()
     index = torch.arange(6).reshape(2, 3)
     add_rows(torch.zeros(d_sae, width), torch.ones(2, 3, width), sort_places(index, d_sae))
     scalars = AdamScalars(*torch.ones(4))

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spalf.kernels import Implementation, choose
+
+SMALLEST_SQUARE = 1e-24
+"""Square of a column's norm below which its cosines count as those of a column of that norm."""
+
 
 def strongest_features(z: Tensor, max_active: int) -> tuple[Tensor, Tensor]:
     """The features of each token that count for its co-activation, the strongest first.
@@ -23,7 +28,9 @@ def strongest_features(z: Tensor, max_active: int) -> tuple[Tensor, Tensor]:
     return indices, (values > 0).to(z.dtype)
 
 
-def coactive_cosine_squared(columns: Tensor, active: Tensor) -> Tensor:
+def coactive_cosine_squared(
+    columns: Tensor, active: Tensor, *, implementation: Implementation = "auto"
+) -> Tensor:
     """Mean over tokens of the mean cos² between pairs of co-active decoder columns.
 
     A token with fewer than two active features has no pair and does not count.
@@ -31,14 +38,23 @@ def coactive_cosine_squared(columns: Tensor, active: Tensor) -> Tensor:
     Args:
         columns: decoder columns of the features considered, ``[tokens, max_active, d_model]``.
         active: 1 where a feature is active, 0 elsewhere, ``[tokens, max_active]``.
+        implementation: ``auto`` (see `spalf.kernels.choose`), ``triton`` or ``reference``.
 
     Returns:
         A scalar in [0, 1].
     """
+    if choose(columns, implementation).implementation == "triton":
+        # Imported late: machines without a GPU need no triton, and importing it is slow.
+        from spalf.kernels.triton_coactive import TritonCoactive
+
+        found: Tensor = TritonCoactive.apply(columns, active, SMALLEST_SQUARE)
+        return found
     # Dividing the small matrix of products rather than the columns saves several passes over them.
     gram: Tensor = _Gram.apply(columns)
-    squares = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-24)
-    cosine_squared = gram.square() / (squares.unsqueeze(1) * squares.unsqueeze(2))
+    squares = gram.diagonal(dim1=1, dim2=2).clamp_min(SMALLEST_SQUARE)
+    both_squares = squares.unsqueeze(1) * squares.unsqueeze(2)
+    # A column of zeros, times itself, is too small for float32.
+    cosine_squared = gram.square() / both_squares.clamp_min(torch.finfo(gram.dtype).tiny)
     both = active.unsqueeze(1) * active.unsqueeze(2)
     n_active = active.sum(dim=1)
     # The diagonal of an active column is 1, so it is taken off rather than masked out.

@@ -105,14 +105,14 @@ def _fused(
     spheres = {sae.W_dec: sae.n_anchored}
     squares = [square_norms(_grad(p), p, spheres.get(p)) for p in parameters]
     norm = torch.cat(squares).sum().sqrt()
-    clipping, counting, matrices = Branch(), Branch(), Branch()
+    clipping, counting, matrices = Branch(), Branch(), Branch("last")
     with clipping.beside():
         clip = (GRADIENT_NORM / (norm + 1e-6)).clamp_max(1.0)
     state.guard.observe(loss, norm, overflow)
     frozen = state.guard.found
     with counting.beside():
-        for p in parameters:
-            slots[p]["step"].add_(1 - frozen)
+        taken = 1 - frozen
+        torch._foreach_add_([slots[p]["step"] for p in parameters], [taken] * len(parameters))
     clipping.join()
     scalars = AdamScalars(*corrections, clip=clip, frozen=frozen)
     group_of = {p: group for group in state.optimizer.param_groups for p in group["params"]}

@@ -22,7 +22,7 @@ from spalf.kernels import Meanwhile, squared_errors
 from spalf.models.huggingface import HuggingFaceModel
 from spalf.sae import SAEOutput, StratifiedSAE
 from spalf.training.position import first_sequence_of_phase_two
-from spalf.training.schedules import l0_reference
+from spalf.training.schedules import l0_reference, lambda_disc
 from spalf.training.state import TrainState, set_phase
 
 FLOOR_MARGIN = 0.05
@@ -85,7 +85,8 @@ def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> 
     ) -> Observation:
         (x,) = given
         expected = l0_reference(plan, config.L0_target, state.step)
-        output = state.sae(x, expected, plan.subthreshold_tokens, meanwhile)
+        weighed = lambda_disc(plan, state.step, state.cooldown_start) > 0
+        output = state.sae(x, expected, plan.subthreshold_tokens if weighed else 0, meanwhile)
         error, mse = _reconstruction_errors(state.sae, output, config.method.metric)
         return Observation(output, error, mse, None)
 

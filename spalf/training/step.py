@@ -132,7 +132,7 @@ def advance(
     passed = _forward(state, given, phase, config, plan, inputs)
     observed = passed.observed
     encoded = observed.output.encoded
-    controlling = Branch(urgent=True)
+    controlling = Branch("first")
     with controlling.beside():
         passed.orthogonality.join()
         violations = passed.violations.observed()
@@ -193,7 +193,7 @@ class _Constants(NamedTuple):
 
 
 def _constants(state: TrainState) -> _Constants:
-    control, branch = state.controller, Branch(urgent=True)
+    control, branch = state.controller, Branch("first")
     with branch.beside():
         multiplier, rho = control.law.multiplier.float(), control.rho.float()
         return _Constants(multiplier, rho, control.log_tau.float(), branch)
@@ -233,7 +233,7 @@ def _forward(
     with constants.branch.beside():
         drift = drift_violation(anchored.values, sae.anchors, config.constants.delta_drift)
     observed = phase.observe(state, given, ortho.start)
-    sparsity = Branch(urgent=True)
+    sparsity = Branch("first")
     with sparsity.beside():
         objective = sparsity_objective(
             observed.output.l0,
@@ -301,7 +301,7 @@ class _Orthogonality:
     ) -> None:
         self._state, self._config, self._plan = state, config, plan
         self._constants = constants
-        self.branch = Branch(urgent=True)
+        self.branch = Branch("first")
         self.violation = torch.full((), -1.0, device=state.sae.W_dec.device)
         self.losses: list[Tensor] = []
         self.rows: list[ParameterRows] = []
@@ -320,7 +320,7 @@ class _Orthogonality:
         z = sample * (sample > sae.threshold.detach())
         features, active = strongest_features(z, plan.ortho_features)
         together = ParameterRows(sae.W_dec, features, sae.kernel)
-        cosine = coactive_cosine_squared(together.values, active)
+        cosine = coactive_cosine_squared(together.values, active, implementation=sae.kernel)
         c_ortho = self._config.constants.c_ortho
         self.violation = orthogonality_violation(cosine, sae.d_model, c_ortho)
         constants.branch.join()
