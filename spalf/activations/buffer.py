@@ -9,6 +9,7 @@ state at a step is a function of (seed, step): resuming re-harvests two blocks a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def mixed_batches(
     """Endless batches ``[batch_size, d_model]`` from ``start_step`` on.
 
     Several of these may draw on one ring, each with its own seed. As long as they keep step with
-    one another every block is harvested once.
+    one another every block is harvested once. A thread works out the order of the next chunk while
+    this one is served.
 
     Args:
         ring: the blocks; ``2·batch_size`` must divide their length, so that no batch straddles two
@@ -51,11 +53,22 @@ def mixed_batches(
     if length % (2 * batch_size):
         raise ValueError(f"block_tokens {length} is no multiple of 2·batch_size {batch_size}")
     chunk, offset = buffer_position(start_step, batch_size, length)
-    while True:
-        rows = _rows_of_chunk(length, seed, chunk).to(ring.device)
-        for start in range(offset, len(rows), batch_size):
-            yield ring.take(chunk, rows[start : start + batch_size])
-        chunk, offset = chunk + 1, 0
+    pinned = ring.device.type == "cuda"
+
+    def order(chunk: int) -> Tensor:
+        rows = _rows_of_chunk(length, seed, chunk)
+        # From any other memory the copy would wait for everything the GPU was asked before.
+        return rows.pin_memory() if pinned else rows
+
+    with ThreadPoolExecutor(1, "shuffle") as worker:
+        coming = worker.submit(order, chunk)
+        while True:
+            here = coming.result()
+            coming = worker.submit(order, chunk + 1)
+            rows = here.to(ring.device, non_blocking=True)
+            for start in range(offset, len(rows), batch_size):
+                yield ring.take(chunk, rows[start : start + batch_size])
+            chunk, offset = chunk + 1, 0
 
 
 def _rows_of_chunk(length: int, seed: int, chunk: int) -> Tensor:

@@ -94,7 +94,8 @@ class TritonErrors(torch.autograd.Function):
         """The gradient of x̂, float32."""
         (direction,) = ctx.saved_tensors
         slope = d_error * (-2.0 / len(direction))
-        return direction * slope, None, None, None, None
+        # A scalar does not make bfloat16 float32.
+        return direction.float() * slope, None, None, None, None
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

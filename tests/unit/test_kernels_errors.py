@@ -97,3 +97,12 @@ def test_a_nan_in_the_reconstruction_is_seen(implementation: str) -> None:
     )  # fmt: skip
     assert found[0].isnan()
     assert found[1].isnan()
+
+
+@pytest.mark.parametrize("with_factor", [True, False])
+def test_the_gradient_is_float32_whatever_the_operands(with_factor: bool) -> None:
+    """Multiplied with its slope in bfloat16 it would be rounded once more."""
+    gradient = errors((9, 24), with_factor, torch.bfloat16, "triton")[2]
+    assert gradient.dtype == torch.float32
+    if ON_GPU or not with_factor:
+        assert not torch.equal(gradient, gradient.bfloat16().float())
