@@ -78,6 +78,8 @@ def launch_everything(width: int, dtype: torch.dtype) -> None:
         parameters = Parameters(matrices[0], *vectors, matrices[1], bias, bandwidth)
         plan = Plan(surrogate, precision, "triton", tokens, "triton", 1024)  # type: ignore[arg-type]
         out = autoencode(x, parameters, plan)
+        for features in (8, 128, 512):
+            out.pre.strongest(4, features)
         (out.x_hat.sum() + out.l0.sum() + out.subthreshold.sum()).backward()
         pre = torch.randn(tokens, d_sae).to(dtype).requires_grad_()
         z, l0, sub = TritonJumpReLU.apply(pre, vectors[1], bandwidth, surrogate)

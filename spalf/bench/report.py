@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from tabulate import tabulate
 
 COLUMNS = ["what", "axis", "d_model", "F", "L0", "batch", "ms", "tokens_per_s", "peak_gib", "l0"]
@@ -122,9 +123,15 @@ def _plot(table: pd.DataFrame, heading: str) -> Figure:
                 line = shown[shown.what == what].sort_values(name)
                 axes.plot(line[name], line.ms, marker="o", label=what)
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            axes.set_yscale("log", base=2)
+            for scale in (axes.xaxis, axes.yaxis):
+                scale.set_major_formatter(ScalarFormatter())
+            axes.set_xticks(sorted(set(shown[name])))
+            axes.tick_params(axis="x", labelrotation=45)
             axes.set_xlabel(name)
             axes.set_ylabel("ms a step")
-            axes.legend(frameon=False)
-        figure.suptitle(heading, fontsize=7)
+        if axes_names:
+            lines, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(lines, labels, loc="outside upper center", ncols=2, frameon=False)
+        figure.text(0.5, 0, heading, fontsize=7, ha="center", va="bottom")
     return figure

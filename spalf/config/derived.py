@@ -49,7 +49,7 @@ class Schedule:
         warmup_steps: linear learning-rate warm-up.
         cooldown_steps: length of the decay that ends Phase 1 (and of the λ_disc ramp).
         l0_ramp_steps: L0_ref falls geometrically over this many steps (M9).
-        l0_start: L0_ref at step 0.
+        l0_start_limit: most that L0_ref may be at step 0.
         lr_final_ratio: learning rate at the end of the cooldown, as a share of ``lr``.
         omega_c: controller bandwidth per step (M12).
         omega_o: observer bandwidth per step (M12).
@@ -74,7 +74,7 @@ class Schedule:
     warmup_steps: int
     cooldown_steps: int
     l0_ramp_steps: int
-    l0_start: float
+    l0_start_limit: float
     lr_final_ratio: float
     omega_c: float
     omega_o: float
@@ -109,7 +109,7 @@ def schedule(config: RunConfig) -> Schedule:
         warmup_steps=max(1, min(100, phase1 // 20)),
         cooldown_steps=max(1, phase1 // 5),
         l0_ramp_steps=phase1 // 3,
-        l0_start=min(start, config.F / 2),
+        l0_start_limit=min(start, config.F / 2),
         lr_final_ratio=0.1,
         omega_c=omega_c,
         omega_o=5 * omega_c,
@@ -161,7 +161,7 @@ _FROM_CONFIG = {
     "warmup_steps": "min(100, phase1_steps / 20)",
     "cooldown_steps": "phase1_steps / 5",
     "lr_final_ratio": "0.1: the rate at the end of Phase 1, in lr (M16)",
-    "l0_start": "min(m·L0_target, F/2), m = 4 (M9)",
+    "l0_start_limit": "min(m·L0_target, F/2), m = 4 (M9)",
     "l0_ramp_steps": "phase1_steps / 3 (M9)",
     "omega_c": "clip(40 / phase1_steps, .01, .05) per step (M12)",
     "omega_o": "5·omega_c (M12)",
@@ -186,6 +186,7 @@ _FROM_DATA = {
     "split_half_error": ("‖Σ_a − Σ_b‖_F / ‖Σ‖_F (M1)", "calibration"),
     "variance": ("trace Σ", "calibration"),
     "scale": ("√(trace Σ / d): the unit of codes and errors", "calibration"),
+    "l0_start": ("min(l0_start_limit, d), at least L0_target (M9)", "init"),
     "theta_quantile": ("1 − l0_start / F (M5)", "init"),
     "init_scale": ("⟨x−μ, z W_dec⟩ / ‖z W_dec‖² (M5)", "init"),
     "bandwidth_median": ("median_j c_eps·IQR_j (M6)", "init"),

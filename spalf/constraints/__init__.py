@@ -6,7 +6,6 @@ from spalf.constraints.metric import fisher_factor
 from spalf.constraints.orthogonality import (
     coactive_cosine_squared,
     orthogonality_violation,
-    strongest_features,
 )
 from spalf.constraints.state import CONSTRAINTS, Violations
 
@@ -19,5 +18,4 @@ __all__ = [
     "faithfulness_violation",
     "fisher_factor",
     "orthogonality_violation",
-    "strongest_features",
 ]

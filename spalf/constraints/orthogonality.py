@@ -14,20 +14,6 @@ SMALLEST_SQUARE = 1e-24
 """Square of a column's norm below which its cosines count as those of a column of that norm."""
 
 
-def strongest_features(z: Tensor, max_active: int) -> tuple[Tensor, Tensor]:
-    """The features of each token that count for its co-activation, the strongest first.
-
-    Args:
-        z: codes of a subset of the batch, ``[tokens, d_sae]``.
-        max_active: features considered per token; bounds the cost.
-
-    Returns:
-        Their indices, int64 ``[tokens, max_active]``, and 1 where one is active, 0 elsewhere.
-    """
-    values, indices = z.detach().topk(max_active, dim=1)
-    return indices, (values > 0).to(z.dtype)
-
-
 def coactive_cosine_squared(
     columns: Tensor, active: Tensor, *, implementation: Implementation = "auto"
 ) -> Tensor:

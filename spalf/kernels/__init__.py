@@ -10,6 +10,7 @@ from spalf.kernels.autoencode import (
     autoencode,
     choose_lists,
     list_capacity,
+    strongest_features,
 )
 from spalf.kernels.dispatch import Choice, Implementation, choose, jumprelu
 from spalf.kernels.errors import squared_errors
@@ -31,4 +32,5 @@ __all__ = [
     "jumprelu",
     "list_capacity",
     "squared_errors",
+    "strongest_features",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from spalf.kernels.reference import Surrogate
 from spalf.kernels.torch_lists import TorchListAutoencode
 from spalf.recording import Branch
 
+if TYPE_CHECKING:
+    from spalf.kernels.triton_lists import EntryLists, Scanned
+
 Precision = Literal["float32", "bfloat16"]
 """Type of the operands of matrix products; sums, codes and parameters are float32."""
 
@@ -25,6 +28,10 @@ SPARSE_DENSITY = 1 / 24
 
 ENTRIES_PER_ACTIVE = 4
 """Listed entries for each active one that the lists have room for at first."""
+
+
+MOST_SORTED = 1024
+"""Entries of a token up to which a kernel sorts them; beyond, a search over all features is used."""
 
 
 class Parameters(NamedTuple):
@@ -77,19 +84,50 @@ class PreActivations(NamedTuple):
     Attributes:
         raw: ``[tokens, d_sae]``; without their bias if it is given.
         bias: what ``raw`` lacks, ``[d_sae]`` or ``None``.
+        threshold: θ, ``[d_sae]``.
+        lists: of those above it, where there are any in Triton.
     """
 
     raw: Tensor
     bias: Tensor | None
+    threshold: Tensor
+    lists: EntryLists | None = None
 
     def of(self, rows: int) -> Tensor:
         """Those of the first tokens, float32 ``[rows, d_sae]``."""
         raw = self.raw[:rows].float()
         return raw if self.bias is None else raw + self.bias
 
+    def strongest(self, rows: int, n: int) -> tuple[Tensor, Tensor]:
+        """The n active features of each of the first tokens with the largest pre-activations.
+
+        Returns:
+            Their indices, int64 ``[rows, n]``, and 1 where one is active, 0 elsewhere, float32.
+        """
+        if self.lists is not None and n <= MOST_SORTED:
+            from spalf.kernels.triton_lists import strongest
+
+            return strongest(self.lists, rows, n, self.raw.shape[1])
+        sample = self.of(rows)
+        return strongest_features(sample * (sample > self.threshold), n)
+
+
+def strongest_features(z: Tensor, max_active: int) -> tuple[Tensor, Tensor]:
+    """The features of each token that count for its co-activation, the strongest first.
+
+    Args:
+        z: codes of a subset of the batch, ``[tokens, d_sae]``.
+        max_active: features considered per token; bounds the cost.
+
+    Returns:
+        Their indices, int64 ``[tokens, max_active]``, and 1 where one is active, 0 elsewhere.
+    """
+    values, indices = z.detach().topk(max_active, dim=1)
+    return indices, (values > 0).to(z.dtype)
+
 
 Meanwhile = Callable[[PreActivations], None]
-"""Called between the encoder's product and everything after it."""
+"""Called before codes are decoded."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +165,8 @@ def autoencode(
         x: input of the encoder, float32 ``[tokens, width]``.
         parameters: see `Parameters`.
         plan: see `Plan`; both ways compute the same up to rounding.
-        meanwhile: called with the pre-activations; where lists are in Triton, before these are
-            looked at, so that what it starts on another stream runs beside that.
+        meanwhile: called with the pre-activations; where lists are in Triton, as soon as these are
+            filled, so that what it starts on another stream runs beside decoding.
     """
     if plan.lists == "triton":
         return _sparse(x, parameters, plan, meanwhile)
@@ -192,7 +230,7 @@ def _dense(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
         x_hat = (z @ p.W_dec.to(dtype)).float() + p.b_dec
     fired = (z.detach() > 0).any(dim=0)
     overflow = torch.zeros((), dtype=torch.bool, device=x.device)
-    found = PreActivations(pre.detach(), None)
+    found = PreActivations(pre.detach(), None, p.threshold.detach())
     return Autoencoded(x_hat, l0, sub[: plan.sub_rows], fired, overflow, found)
 
 
@@ -201,22 +239,30 @@ def _on_a_cpu(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
         x, *parameters[:6], plan.surrogate, plan.sub_rows
     )
     overflow = torch.zeros((), dtype=torch.bool, device=x.device)
-    return Autoencoded(x_hat, l0, sub, fired, overflow, PreActivations(pre, None))
+    found = PreActivations(pre, None, parameters.threshold.detach())
+    return Autoencoded(x_hat, l0, sub, fired, overflow, found)
 
 
 def _sparse(
     x: Tensor, parameters: Parameters, plan: Plan, meanwhile: Meanwhile | None
 ) -> Autoencoded:
+    # Imported late: machines without a GPU need no triton, and importing it is slow.
+    from spalf.kernels.triton_lists import scan
+
     p, dtype = parameters, _dtype(plan.precision)
     inputs = x.detach().to(dtype)
     encoder, decoder = p.operands or (p.W_enc.detach().to(dtype), p.W_dec.detach().to(dtype))
-    pre = PreActivations(inputs @ encoder.T, p.b_enc.detach())
+    raw, bias, threshold = inputs @ encoder.T, p.b_enc.detach(), p.threshold.detach()
+    lower = threshold if plan.surrogate == "moreau" else threshold - 0.5 * p.bandwidth
+    found = scan(raw, bias, threshold, lower, plan.sub_rows, plan.capacity)
+    pre = PreActivations(raw, bias, threshold, found.lists)
     if meanwhile is not None:
         meanwhile(pre)
-    x_hat, l0, sub, fired, overflow, listed = SparseAutoencode.apply(
-        x, *p[:6], Operands(inputs, encoder, decoder), pre.raw, plan
+    x_hat, l0, sub = SparseAutoencode.apply(
+        x, *p[:6], Operands(inputs, encoder, decoder), raw, found, plan
     )
-    return Autoencoded(x_hat, l0, sub, fired, overflow, pre, listed, plan.capacity)
+    lists = found.lists
+    return Autoencoded(x_hat, l0, sub, found.fired, lists.overflow, pre, lists.total, plan.capacity)
 
 
 def _dtype(precision: Precision) -> torch.dtype:
@@ -238,7 +284,7 @@ class Operands(NamedTuple):
 
 
 class SparseAutoencode(torch.autograd.Function):
-    """What follows the encoder's product: (x̂, l0, sub, fired, overflow, listed), from lists.
+    """What follows the encoder's product and a look at it: (x̂, l0, sub), from lists of entries.
 
     Its gradients are those of `autoencode` as a whole, of that product too.
     """
@@ -255,29 +301,25 @@ class SparseAutoencode(torch.autograd.Function):
         bandwidth: Tensor,
         operands: Operands,
         raw: Tensor,
+        found: Scanned,
         plan: Plan,
     ) -> tuple[Tensor, ...]:
-        """Two looks at the product, one walk over each token's entries."""
-        # Imported late: machines without a GPU need no triton, and importing it is slow.
-        from spalf.kernels import triton_lists, triton_sparse
+        """One walk over each token's entries."""
+        from spalf.kernels import triton_sparse
 
         inputs, encoder, decoder = operands
-        moreau = plan.surrogate == "moreau"
-        lower = threshold if moreau else threshold - 0.5 * bandwidth
-        found = triton_lists.scan(raw, b_enc, threshold, lower, plan.sub_rows, plan.capacity)
         lists = found.lists
         x_hat = triton_sparse.decode(lists, lists.value, decoder, b_dec, threshold)
         found.aside.join()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(found.fired, lists.overflow, lists.total)
         ctx.save_for_backward(inputs, encoder, decoder, threshold, bandwidth, b_enc, raw)
         ctx.lists, ctx.plan = lists, plan
-        return x_hat, found.l0, found.subthreshold, found.fired, lists.overflow, lists.total
+        return x_hat, found.l0, found.subthreshold
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dx_hat: Tensor | None, dl0: Tensor | None, dsub: Tensor | None, *_: Any
+        ctx: Any, dx_hat: Tensor | None, dl0: Tensor | None, dsub: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """All gradients in one walk over each feature's entries."""
         from spalf.kernels import triton_sparse
@@ -307,5 +349,5 @@ class SparseAutoencode(torch.autograd.Function):
         summing.join()
         return (
             d_x, grads.encoder, grads.bias, grads.threshold, grads.decoder, d_b_dec,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip

@@ -217,6 +217,65 @@ def _fill_kernel(
             tl.store(active_end_ptr + row, start)
 
 
+@triton.jit
+def _strongest_kernel(
+    token_start_ptr,
+    active_end_ptr,
+    feature_ptr,
+    value_ptr,
+    index_ptr,  # [rows, n]
+    active_ptr,  # [rows, n]
+    n,
+    capacity,
+    n_features,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0)
+    begin = tl.load(token_start_ptr + row)
+    end = tl.minimum(tl.load(active_end_ptr + row), capacity)
+    ranks = tl.arange(0, WIDTH)
+    # A value above 0 is ordered as the integer of its bits is; the feature decides between equals.
+    best = tl.full((WIDTH,), -1, dtype=tl.int64)
+    for first in range(begin, end, WIDTH):
+        places = first + ranks
+        value = tl.load(value_ptr + places, mask=places < end, other=0.0)
+        feature = tl.load(feature_ptr + places, mask=places < end, other=0).to(tl.int64)
+        key = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | feature
+        key = tl.where(places < end, key, -1)
+        # Of two sorted rows, one falling and one rising, the larger of each pair are the largest.
+        best = tl.sort(tl.maximum(best, tl.sort(key)), descending=True)
+    found = best >= 0
+    # Places left over point to different features, so that none is added to by very many.
+    spread = (row * n + ranks) % n_features
+    index = tl.where(found, best & 0x7FFFFFFF, spread.to(tl.int64))
+    tl.store(index_ptr + row * n + ranks, index, mask=ranks < n)
+    tl.store(active_ptr + row * n + ranks, tl.where(found, 1.0, 0.0), mask=ranks < n)
+
+
+def strongest(lists: EntryLists, rows: int, n: int, n_features: int) -> tuple[Tensor, Tensor]:
+    """The features of each of the first tokens with the largest pre-activations.
+
+    Args:
+        lists: of a batch.
+        rows: tokens.
+        n: features wanted of each.
+        n_features: that there are.
+
+    Returns:
+        Their indices, int64 ``[rows, n]``, the strongest first, and 1 where one is active, else 0,
+        float32; where there are fewer than n, the other indices are arbitrary.
+    """
+    device = lists.value.device
+    index = torch.empty(rows, n, dtype=torch.int64, device=device)
+    active = torch.empty(rows, n, device=device)
+    width = triton.next_power_of_2(n)
+    _strongest_kernel[(rows,)](
+        lists.token_start, lists.active_end, lists.feature, lists.value, index, active, n,
+        lists.feature.numel(), n_features, WIDTH=width, num_warps=min(8, max(1, width // 64)),
+    )  # fmt: skip
+    return index, active
+
+
 def scan(
     raw: Tensor, bias: Tensor, threshold: Tensor, lower: Tensor, sub_rows: int, capacity: int
 ) -> Scanned:

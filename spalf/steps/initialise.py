@@ -13,6 +13,7 @@ from spalf.sae import StratifiedSAE, anchor_directions, initialise
 from spalf.steps.calibrate import Calibration, load_calibration
 from spalf.steps.context import StepContext, environment, exclusive
 from spalf.steps.keep import keep_finished, take_finished
+from spalf.training.schedules import first_l0
 from spalf.training.state import sae_tensors
 
 CELL_FIELDS = ("model_name", "hook_point", "F", "L0_target", "seed")
@@ -71,16 +72,17 @@ def _initialised(config: RunConfig, known: Calibration, context: StepContext) ->
             else None
         ),
     )
+    l0_start = first_l0(schedule(config), config.L0_target, sae.d_model)
     report = initialise(
         sae,
         known.sample,
-        l0_start=schedule(config).l0_start,
+        l0_start=l0_start,
         c_eps=config.constants.c_eps,
         encoder_init=config.method.encoder_init,
         seed=config.seed,
     )
     measured = {**known.measured, **asdict(report)}
-    measured["tau_start"] = report.first_mse / 2
+    measured |= {"tau_start": report.first_mse / 2, "l0_start": l0_start}
     weights, constants = sae_tensors(sae)
     metadata = {
         "step": "init",

@@ -84,7 +84,7 @@ def phase_one(config: RunConfig, store: ActivationStore, sae: StratifiedSAE) -> 
         state: TrainState, given: tuple[Tensor, ...], meanwhile: Meanwhile | None
     ) -> Observation:
         (x,) = given
-        expected = l0_reference(plan, config.L0_target, state.step)
+        expected = l0_reference(plan, config.L0_target, state.step, state.sae.d_model)
         weighed = lambda_disc(plan, state.step, state.cooldown_start) > 0
         output = state.sae(x, expected, plan.subthreshold_tokens if weighed else 0, meanwhile)
         error, mse = _reconstruction_errors(state.sae, output, config.method.metric)

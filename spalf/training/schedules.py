@@ -56,12 +56,21 @@ def learning_rate(plan: Schedule, lr: float, step: int, cooldown_start: int) -> 
     return lr * warm * decay
 
 
-def l0_reference(plan: Schedule, l0_target: float, step: int) -> float:
-    """Geometric from ``l0_start`` to ``l0_target`` over ``l0_ramp_steps`` (M9)."""
+def first_l0(plan: Schedule, l0_target: float, d_model: int) -> float:
+    """L0 at which Phase 1 begins (M9).
+
+    With more than d active features a basis that is always on reconstructs everything, and a run
+    that has found one does not leave it for fewer features again.
+    """
+    return max(l0_target, min(plan.l0_start_limit, float(d_model)))
+
+
+def l0_reference(plan: Schedule, l0_target: float, step: int, d_model: int) -> float:
+    """Geometric from `first_l0` to ``l0_target`` over ``l0_ramp_steps`` (M9)."""
     if step >= plan.l0_ramp_steps:
         return l0_target
-    share = step / plan.l0_ramp_steps
-    return float(plan.l0_start * (l0_target / plan.l0_start) ** share)
+    start = first_l0(plan, l0_target, d_model)
+    return float(start * (l0_target / start) ** (step / plan.l0_ramp_steps))
 
 
 def lambda_disc(plan: Schedule, step: int, cooldown_start: int) -> float:

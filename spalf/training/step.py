@@ -15,7 +15,6 @@ from spalf.constraints import (
     drift_violation,
     faithfulness_violation,
     orthogonality_violation,
-    strongest_features,
 )
 from spalf.controller import ControllerReading, update
 from spalf.controller.controller import pack, unpack
@@ -86,7 +85,7 @@ def step_inputs(state: TrainState, config: RunConfig, plan: Schedule) -> StepInp
     """The schedules at the coming step, as plain numbers."""
     return StepInputs(
         lr=_learning_rate(state, config, plan),
-        l0_ref=l0_reference(plan, config.L0_target, state.step),
+        l0_ref=l0_reference(plan, config.L0_target, state.step, state.sae.d_model),
         lambda_disc=lambda_disc(plan, state.step, state.cooldown_start),
     )
 
@@ -316,9 +315,7 @@ class _Orthogonality:
     def _start(self, pre: PreActivations) -> None:
         sae, plan, constants = self._state.sae, self._plan, self._constants
         # The batch is shuffled already, so its first tokens are a random subset.
-        sample = pre.of(plan.ortho_tokens)
-        z = sample * (sample > sae.threshold.detach())
-        features, active = strongest_features(z, plan.ortho_features)
+        features, active = pre.strongest(plan.ortho_tokens, plan.ortho_features)
         together = ParameterRows(sae.W_dec, features, sae.kernel)
         cosine = coactive_cosine_squared(together.values, active, implementation=sae.kernel)
         c_ortho = self._config.constants.c_ortho

@@ -99,7 +99,7 @@ def test_a_schedule_keeps_its_promises(settings: dict[str, Any]) -> None:
     assert plan.l0_ramp_steps + plan.cooldown_steps <= plan.phase1_steps + 1
     assert plan.block_tokens % (2 * config.batch_size) == 0
     assert plan.block_tokens >= 2 * config.batch_size
-    assert 0 < plan.l0_start <= config.F / 2
+    assert 0 < plan.l0_start_limit <= config.F / 2
     assert 1 <= plan.ortho_features <= config.F
     # Averages keep a positive share of the past, and the observer is stable.
     assert 0 < 1 - 10 * plan.omega_c < 1 - plan.omega_c < 1

@@ -284,9 +284,8 @@ def test_describe_picks_a_cell_of_a_sweep(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(sweep))
     assert "a/L0_4/seed_0" in described(str(path))
     text = described(str(path), "--cell", "b/L0_8/seed_0")
-    assert (
-        next(line for line in text.splitlines() if line.startswith("l0_start")).split()[1] == "32"
-    )
+    line = next(line for line in text.splitlines() if line.startswith("ortho_features"))
+    assert line.split()[1] == "16"
     with pytest.raises(UserError, match="cells are a/L0_4/seed_0, a/L0_8"):
         described(str(path), "--cell", "c")
 

@@ -14,8 +14,8 @@ from spalf.constraints import (
     drift_violation,
     faithfulness_violation,
     orthogonality_violation,
-    strongest_features,
 )
+from spalf.kernels import strongest_features
 from spalf.lagrangian import augmented_lagrangian, psi, sparsity_objective
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spalf.kernels import Parameters, Plan, autoencode, choose_lists, list_capacity
+from spalf.kernels import (
+    Parameters,
+    Plan,
+    PreActivations,
+    autoencode,
+    choose_lists,
+    list_capacity,
+)
 from tests.helpers_kernels import poisoned_buffers  # noqa: F401 - used by every test
 
 pytest.importorskip("triton")
@@ -327,3 +334,24 @@ def test_features_keep_their_order_where_keys_use_all_of_their_bits(d_sae: int) 
     assert found.fired.nonzero().flatten().tolist() == [0, last]
     assert found.l0.tolist() == [1.0, 1.0, 1.0]
     assert found.subthreshold.tolist() == pytest.approx([0.45**2, 0.0])
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 20, 70])
+def test_the_strongest_features_of_lists_are_those_of_the_codes(n: int) -> None:
+    """Also where a token has more of them than are wanted, fewer, or none."""
+    from spalf.kernels.triton_lists import scan
+
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(9, 70, generator=generator).to(DEVICE)
+    raw[3], raw[4] = -1.0, raw[4].abs() + 1.0
+    bias = 0.1 * torch.randn(70, generator=generator).to(DEVICE)
+    threshold = 0.2 + torch.rand(70, generator=generator).to(DEVICE)
+    lists = scan(raw, bias, threshold, threshold - 0.3, 0, capacity=1024).lists
+    of_lists = PreActivations(raw, bias, threshold, lists).strongest(6, n)
+    of_codes = PreActivations(raw, bias, threshold).strongest(6, n)
+    assert of_lists[0].dtype == of_codes[0].dtype == torch.int64
+    assert torch.equal(of_lists[1], of_codes[1])
+    assert of_lists[1].sum(dim=1)[3:5].tolist() == [0, n]
+    active = of_lists[1] > 0
+    assert torch.equal(of_lists[0][active], of_codes[0][active])
+    assert of_lists[0].ge(0).all() and of_lists[0].lt(70).all()

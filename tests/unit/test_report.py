@@ -307,6 +307,7 @@ def test_the_best_baseline_is_read_off_its_own_curve_at_our_l0() -> None:
         ("spalf", "spalf", 16, 16.0, 0.10, 0.90),
         ("spalf", "spalf", 64, 64.64, 0.031, 0.96),
         ("spalf", "long", 64, 64.64, 0.02, 0.95),
+        ("spalf", "long", 16, 16.0, -0.03, 0.88),
         ("one", "one", 16, 16.0, 0.16, 0.89),
         ("one", "one", 64, 64.0, 0.04, 0.96),
         ("two", "two", 16, 16.0, 0.12, 0.91),
@@ -319,7 +320,8 @@ def test_the_best_baseline_is_read_off_its_own_curve_at_our_l0() -> None:
     table["variant"] = ["long" if line == "long" else "" for line in table["line"]]
     table = table.assign(model="m", seed=0, l0_error=0.01, dead_fraction=0.002)
     found = {row[1:3]: row for row in best_baseline_sheet(table).rows}
-    assert found.keys() == {("spalf", "16"), ("spalf", "64"), ("long", "64")}
+    assert found.keys() == {("spalf", "16"), ("spalf", "64"), ("long", "16"), ("long", "64")}
+    assert found["long", "16"][7:10] == ("two", "0.1200", "−0.250"), "below the model's own loss"
     assert found["spalf", "16"][7:10] == ("two", "0.1200", "0.833")
     there = 0.04 * 1.01**-1  # one's slope in log-log is −1
     assert found["spalf", "64"][7:10] == ("one", f"{there:.4f}", f"{0.031 / there:.3f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,20 @@ def test_learning_rate_decay_follows_an_early_cooldown() -> None:
 
 def test_l0_reference_falls_geometrically_to_the_target() -> None:
     half = PLAN.l0_ramp_steps // 2
-    assert l0_reference(PLAN, 4.0, 0) == pytest.approx(16.0)
-    assert l0_reference(PLAN, 4.0, half) == pytest.approx(8.0, rel=2e-3)
-    ratios = [l0_reference(PLAN, 4.0, s + 1) / l0_reference(PLAN, 4.0, s) for s in range(640)]
+    assert l0_reference(PLAN, 4.0, 0, 64) == pytest.approx(16.0)
+    assert l0_reference(PLAN, 4.0, half, 64) == pytest.approx(8.0, rel=2e-3)
+    values = [l0_reference(PLAN, 4.0, step, 64) for step in range(641)]
+    ratios = [after / before for before, after in pairwise(values)]
     assert ratios == pytest.approx([ratios[0]] * 640)
-    assert l0_reference(PLAN, 4.0, PLAN.l0_ramp_steps) == 4.0
-    assert l0_reference(PLAN, 4.0, PLAN.total_steps) == 4.0
+    assert l0_reference(PLAN, 4.0, PLAN.l0_ramp_steps, 64) == 4.0
+    assert l0_reference(PLAN, 4.0, PLAN.total_steps, 64) == 4.0
+
+
+@pytest.mark.parametrize(("d_model", "first"), [(64, 16.0), (16, 16.0), (9, 9.0), (3, 4.0)])
+def test_l0_starts_at_no_more_than_a_basis_has(d_model: int, first: float) -> None:
+    """Four times its target, unless that is more than d; never below the target."""
+    assert l0_reference(PLAN, 4.0, 0, d_model) == pytest.approx(first)
+    assert l0_reference(PLAN, 4.0, PLAN.l0_ramp_steps, d_model) == 4.0
 
 
 def test_subthreshold_weight_ramps_over_the_cooldown_only() -> None:
@@ -168,7 +177,7 @@ def test_phase_two_ends_where_its_budget_ends() -> None:
 def test_l0_start_never_exceeds_half_the_dictionary(L0_target: float) -> None:
     config: RunConfig = planted_config(L0_target=L0_target)
     plan: Schedule = schedule(config)
-    assert plan.l0_start == min(4 * L0_target, 32.0)
+    assert plan.l0_start_limit == min(4 * L0_target, 32.0)
 
 
 def read(path: Path) -> list[int]:

@@ -101,7 +101,7 @@ def best_baseline_sheet(table: pd.DataFrame) -> Sheet:
             str(line): points.groupby("L0_target")[names].mean().sort_values("l0")
             for line, points in plain[plain["delta_ce"] > 0].groupby("line", sort=False)
         }
-        own = found[(found["method"] == "spalf") & (found["delta_ce"] > 0)]
+        own = found[found["method"] == "spalf"]
         for (line, target), points in own.groupby(["line", "L0_target"], sort=False):
             row = _beside_the_best(points, curves)
             if row:
