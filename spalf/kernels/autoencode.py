@@ -31,7 +31,7 @@ ENTRIES_PER_ACTIVE = 4
 
 
 MOST_SORTED = 1024
-"""Entries of a token up to which a kernel sorts them; beyond, a search over all features is used."""
+"""Features of a token that a kernel sorts out at most; for more all features are searched."""
 
 
 class Parameters(NamedTuple):
