@@ -127,7 +127,7 @@ def strongest_features(z: Tensor, max_active: int) -> tuple[Tensor, Tensor]:
 
 
 Meanwhile = Callable[[PreActivations], None]
-"""Called before codes are decoded."""
+"""Called with the pre-activations, see `autoencode`."""
 
 
 @dataclass(frozen=True)

@@ -284,9 +284,9 @@ def first_non_finite(
 class _Orthogonality:
     """The orthogonality constraint of one step, on a branch of its own.
 
-    It needs the pre-activations and nothing else of the forward pass, and consists of kernels too
-    small to fill a GPU; so does its backward pass, which autograd puts on the same branch. Nothing
-    waits for it before the gradients are added up, since its penalty is a loss of its own.
+    It needs the pre-activations alone, or lists of them, and consists of kernels too small to fill
+    a GPU; so does its backward pass, which autograd puts on the same branch. Nothing waits for it
+    before the gradients are added up, since its penalty is a loss of its own.
 
     Attributes:
         violation: a scalar, −1 where there is no such constraint.

@@ -337,7 +337,9 @@ def test_features_keep_their_order_where_keys_use_all_of_their_bits(d_sae: int) 
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 20, 70])
-def test_the_strongest_features_of_lists_are_those_of_the_codes(n: int) -> None:
+def test_the_strongest_features_of_lists_are_those_of_the_codes(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where a token has more of them than are wanted, fewer, or none."""
     from spalf.kernels.triton_lists import scan
 
@@ -355,3 +357,7 @@ def test_the_strongest_features_of_lists_are_those_of_the_codes(n: int) -> None:
     active = of_lists[1] > 0
     assert torch.equal(of_lists[0][active], of_codes[0][active])
     assert of_lists[0].ge(0).all() and of_lists[0].lt(70).all()
+    # By its globals, as the package has a function of its module's name.
+    monkeypatch.setitem(PreActivations.strongest.__globals__, "MOST_SORTED", n - 1)
+    searched = PreActivations(raw, bias, threshold, lists).strongest(6, n)
+    assert all(torch.equal(a, b) for a, b in zip(searched, of_codes, strict=True))
