@@ -32,6 +32,7 @@ from spalf.models.huggingface import HuggingFaceModel
 from spalf.models.sites import parse_hook_point
 from spalf.training.loop import PhaseRun, run_together
 from spalf.training.phase import phase_one
+from spalf.training.step import BANDWIDTH_EVERY
 
 Row = dict[str, Any]
 
@@ -140,7 +141,8 @@ def _run(shape: Shape, store: ActivationStore, pool: Rounds, l0: float, chunk: i
     config = config_for(replace(shape, L0=l0), lr=2e-3)
     state, phase = run_on(config, pool)
     steady(state, phase, config)(SETTLING_STEPS)
-    hold_at_target(state, phase, config, pool)
+    # Until lists that had to grow on the way there have been cut to what is left in them.
+    hold_at_target(state, phase, config, pool)(BANDWIDTH_EVERY)
     config = config.model_copy(update={"lr": STANDSTILL})
     block_tokens = chunk * shape.batch
 

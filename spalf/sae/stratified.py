@@ -232,8 +232,10 @@ class StratifiedSAE(nn.Module):
         """
         if self.list_margin == 1 or encoded.listed is None:
             return
-        if 4 * int(encoded.listed) <= encoded.capacity:
-            self.list_margin /= 2
+        listed, capacity = int(encoded.listed), encoded.capacity
+        # All at once: each change of size has a step recorded anew.
+        while self.list_margin > 1 and 4 * listed <= capacity:
+            self.list_margin, capacity = self.list_margin / 2, capacity // 2
 
     def _say(self, choice: Choice) -> None:
         """Log how codes are computed, once for each way."""

@@ -52,8 +52,13 @@ class FiniteGuard:
         self._found.copy_(self._poison.isnan())
         self._stalled.add_(self._found)
 
+    @property
+    def stalled_steps(self) -> Tensor:
+        """Steps from the first bad one on, 0 if there was none; float32 scalar on the device."""
+        return self._stalled
+
     def stalled(self) -> int:
-        """Steps from the first bad one on, 0 if there was none; waits for the device."""
+        """The same as a plain number; waits for the device."""
         return int(self._stalled.item())
 
     def keep(self, before: Tensor, after: Tensor) -> Tensor:

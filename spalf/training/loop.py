@@ -19,7 +19,7 @@ from spalf.training.graph import stepper
 from spalf.training.phase import Phase
 from spalf.training.position import described, stream_position
 from spalf.training.state import TrainState
-from spalf.training.step import first_non_finite, record_row
+from spalf.training.step import LogRow, first_non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class PhaseRun:
         self._plan = schedule(config)
         self._step = stepper(state, phase, config)
         self._batches: Iterator[Tensor] | None = None
+        self._row: LogRow | None = None
 
     @property
     def done(self) -> bool:
@@ -102,8 +103,10 @@ class PhaseRun:
         # The last step is logged as well, or a short phase would leave no row at all.
         logged = state.step % self.config.runtime.log_every_steps == 0 or self.done
         checked = state.step % CHECK_EVERY == 0
-        # The device is read only where it is read anyway: no other step waits for it.
-        if (stop or due or logged or checked or self.done) and state.guard.rewind(state):
+        # A row is read once the device has the next step to go on with. Other than for that, it is
+        # waited for only where something has to be decided or saved.
+        wait = stop or due or checked or self.done
+        if (not self._log_latest() or wait) and state.guard.rewind(state):
             self._batches = None
             if state.guard.overflowed:
                 state.sae.list_margin *= 2
@@ -111,7 +114,9 @@ class PhaseRun:
                 self._pass_over()
             return
         if logged:
-            hooks.log(record_row(state, record, self.config))
+            self._row = LogRow(state, record, self.config)
+        if wait:
+            self._log_latest()
         if checked and self.phase.may_converge:
             check_convergence(state, self._plan)
         if stop or due:
@@ -127,8 +132,18 @@ class PhaseRun:
             state.average = WeightAverage.of_nothing(state.sae)
         state.average.add(state.sae, unless=state.guard.found)
 
+    def _log_latest(self) -> bool:
+        """Log the row that was asked for last; whether that found nothing amiss."""
+        if self._row is None:
+            return True
+        row, self._row = self._row.read(), None
+        if row is not None:
+            self.hooks.log(row)
+        return row is not None
+
     def save(self) -> None:
         """Write a checkpoint, between two steps."""
+        self._log_latest()
         self.state.guard.rewind(self.state)
         self.hooks.checkpoint(self.state)
 

@@ -325,37 +325,54 @@ class _Orthogonality:
         self.rows = [together]
 
 
-def record_row(state: TrainState, record: StepRecord, config: RunConfig) -> dict[str, float | int]:
-    """A record as plain numbers, with one transfer from the device.
+class LogRow:
+    """One row of the metrics log, on its way from the device.
+
+    It is asked for behind everything that the device was given so far. Where the device has been
+    given more to do by the time the row is read, it need not stop for it.
 
     Args:
         state: after the step.
         record: of the step.
         config: the run.
-
-    Returns:
-        One row of the metrics log.
     """
-    control = state.controller
-    scalars = [record.l0, record.mse, record.kl, control.log_tau, record.gradient_norm]
-    dead = (tokens_silent(state, config) >= DEAD_TOKENS).double().mean()
-    vectors = [record.violations, control.law.multiplier, control.rho]
-    flat = torch.cat([torch.stack([s.double() for s in [*scalars, dead]]), *vectors]).tolist()
-    l0, mse, kl, log_tau, gradient_norm, dead_fraction = flat[:6]
-    row: dict[str, float | int] = {
-        "step": state.step,
-        "tokens": tokens_seen(config, state.step, state.phase1_end),
-        "phase": state.phase,
-        "lr": float(record.lr),
-        "l0": l0,
-        "l0_ref": float(record.l0_ref),
-        "mse": mse,
-        "explained_variance": 1 - mse / state.sae.d_model,
-        "log_tau": log_tau,
-        "gradient_norm": gradient_norm,
-        "dead_fraction": dead_fraction,
-    }
-    for index, kind in enumerate(("g", "lambda", "rho")):
-        for offset, name in enumerate(CONSTRAINTS):
-            row[f"{kind}_{name}"] = flat[6 + 3 * index + offset]
-    return row if state.phase == 1 else {**row, "kl": kl}
+
+    def __init__(self, state: TrainState, record: StepRecord, config: RunConfig) -> None:
+        control, device = state.controller, state.stale.device
+        self._known: dict[str, float | int] = {
+            "step": state.step,
+            "tokens": tokens_seen(config, state.step, state.phase1_end),
+            "phase": state.phase,
+        }
+        self._d_model = state.sae.d_model
+        dead = (tokens_silent(state, config) >= DEAD_TOKENS).double().mean()
+        named = {
+            "lr": record.lr,
+            "l0": record.l0,
+            "l0_ref": record.l0_ref,
+            "mse": record.mse,
+            "log_tau": control.log_tau,
+            "gradient_norm": record.gradient_norm,
+            "dead_fraction": dead,
+            "kl": record.kl,
+            "stalled": state.guard.stalled_steps,
+        }
+        vectors = {"g": record.violations, "lambda": control.law.multiplier, "rho": control.rho}
+        self._names = [*named, *(f"{kind}_{name}" for kind in vectors for name in CONSTRAINTS)]
+        scalars = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in named.values()]
+        flat = torch.cat([torch.stack(scalars), *(v.double() for v in vectors.values())])
+        self._values = flat.to("cpu", non_blocking=True)
+        self._there = torch.cuda.Event() if flat.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def read(self) -> dict[str, float | int] | None:
+        """The row; ``None`` where the step or one before it was not finite and changed nothing."""
+        if self._there is not None:
+            self._there.synchronize()
+        read = dict(zip(self._names, self._values.tolist(), strict=True))
+        if read.pop("stalled"):
+            return None
+        if self._known["phase"] == 1:
+            del read["kl"]
+        return {**self._known, **read, "explained_variance": 1 - read["mse"] / self._d_model}

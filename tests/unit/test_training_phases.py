@@ -338,6 +338,9 @@ def test_room_for_lists_is_given_back_where_less_than_a_quarter_is_used() -> Non
         sae.fit_lists(replace(encoded, listed=torch.tensor(listed), capacity=1000))
         margins.append(sae.list_margin)
     assert margins == [4.0, 4.0, 2.0, 1.0, 1.0]
+    sae.list_margin = 8.0
+    sae.fit_lists(replace(encoded, listed=torch.tensor(60), capacity=1000))
+    assert sae.list_margin == 1.0, "not once for each time it was doubled"
     sae.list_margin = 4.0
     sae.fit_lists(encoded)
     assert sae.list_margin == 4.0, "dense products need no room"

@@ -26,7 +26,7 @@ from spalf.training.phase import Phase, phase_one
 from spalf.training.position import tokens_silent
 from spalf.training.schedules import learning_rate, phase_two_rate
 from spalf.training.state import TrainState, load_sae
-from spalf.training.step import REVIVAL_RATE, _forward, record_row, step_inputs, train_step
+from spalf.training.step import REVIVAL_RATE, LogRow, _forward, step_inputs, train_step
 from tests.helpers_planted import (
     D_MODEL,
     PlantedModel,
@@ -361,9 +361,9 @@ def test_features_that_never_fire_are_counted_as_dead(
     assert state.stale[:3].tolist() == [8, 8, 8]
     assert (state.stale[3:] < 8).all()
     monkeypatch.setattr("spalf.training.step.DEAD_TOKENS", 8 * config.batch_size)
-    assert record_row(state, record, config)["dead_fraction"] == 3 / 64
+    assert LogRow(state, record, config).read()["dead_fraction"] == 3 / 64
     monkeypatch.setattr("spalf.training.step.DEAD_TOKENS", 8 * config.batch_size + 1)
-    assert record_row(state, record, config)["dead_fraction"] == 0.0
+    assert LogRow(state, record, config).read()["dead_fraction"] == 0.0
 
 
 def test_silence_is_counted_in_tokens_which_a_step_of_phase_two_has_fewer_of(
