@@ -59,10 +59,10 @@ def learning_rate(plan: Schedule, lr: float, step: int, cooldown_start: int) -> 
 def first_l0(plan: Schedule, l0_target: float, d_model: int) -> float:
     """L0 at which Phase 1 begins (M9).
 
-    With more than d active features a basis that is always on reconstructs everything, and a run
+    With d active features and more a basis that is always on reconstructs everything, and a run
     that has found one does not leave it for fewer features again.
     """
-    return max(l0_target, min(plan.l0_start_limit, float(d_model)))
+    return max(l0_target, min(plan.l0_start_limit, d_model / 2))
 
 
 def l0_reference(plan: Schedule, l0_target: float, step: int, d_model: int) -> float:
