@@ -83,9 +83,11 @@ def test_l0_reference_falls_geometrically_to_the_target() -> None:
     assert l0_reference(PLAN, 4.0, PLAN.total_steps, 64) == 4.0
 
 
-@pytest.mark.parametrize(("d_model", "first"), [(64, 16.0), (16, 16.0), (9, 9.0), (3, 4.0)])
-def test_l0_starts_at_no_more_than_a_basis_has(d_model: int, first: float) -> None:
-    """Four times its target, unless that is more than d; never below the target."""
+@pytest.mark.parametrize(
+    ("d_model", "first"), [(64, 16.0), (16, 16.0), (12, 9.0), (8, 4.0), (3, 4.0)]
+)
+def test_half_of_the_ramp_stays_below_half_a_basis(d_model: int, first: float) -> None:
+    """Four times its target, or what is as far above d/2 as the target below; never less."""
     assert l0_reference(PLAN, 4.0, 0, d_model) == pytest.approx(first)
     assert l0_reference(PLAN, 4.0, PLAN.l0_ramp_steps, d_model) == 4.0
 
