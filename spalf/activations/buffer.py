@@ -65,9 +65,9 @@ def mixed_batches(
         while True:
             here = coming.result()
             coming = worker.submit(order, chunk + 1)
-            rows = here.to(ring.device, non_blocking=True)
-            for start in range(offset, len(rows), batch_size):
-                yield ring.take(chunk, rows[start : start + batch_size])
+            places = ring.places(chunk, here.to(ring.device, non_blocking=True))
+            for start in range(offset, len(places), batch_size):
+                yield ring.take(chunk, places[start : start + batch_size])
             chunk, offset = chunk + 1, 0
 
 

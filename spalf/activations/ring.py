@@ -52,21 +52,35 @@ class BlockRing:
         self._worker = ThreadPoolExecutor(1, "harvest") if ahead else None
         self._coming: tuple[int, Future[torch.cuda.Event | None]] | None = None
 
-    def take(self, chunk: int, rows: Tensor) -> Tensor:
-        """Activations by their rows in block ``chunk``, or, where negative, in the one before it.
+    def places(self, chunk: int, rows: Tensor) -> Tensor:
+        """Where rows of block ``chunk``, or, where negative, of the one before it, are kept.
 
         Args:
             chunk: index of the newer of the two blocks.
-            rows: int64 ``[batch_size]``, from ``−block_tokens`` to ``block_tokens − 1``.
+            rows: int64 ``[tokens]``, from ``−block_tokens`` to ``block_tokens − 1``.
+
+        Returns:
+            int64 ``[tokens]``, what `take` asks for.
+        """
+        older, newer = self._place(chunk - 1) + self.block_tokens, self._place(chunk)
+        return torch.where(rows < 0, rows + older, rows + newer)
+
+    def take(self, chunk: int, places: Tensor) -> Tensor:
+        """Activations of block ``chunk`` and of the one before it.
+
+        Args:
+            chunk: index of the newer of the two blocks.
+            places: int64 ``[batch_size]``, from `places`.
 
         Returns:
             ``[batch_size, d_model]``, a copy.
         """
-        older = self._first_row(chunk - 1) + self.block_tokens if chunk else 0
-        newer = self._first_row(chunk)
+        if chunk:
+            self._hold(chunk - 1)
+        self._hold(chunk)
         self._look_ahead(chunk + 1)
         assert self._storage is not None
-        return self._storage[torch.where(rows < 0, rows + older, rows + newer)]
+        return self._storage[places]
 
     @property
     def closed(self) -> bool:
@@ -79,14 +93,17 @@ class BlockRing:
         if self._worker:
             self._worker.shutdown(cancel_futures=True)
 
-    def _first_row(self, index: int) -> int:
-        """Where block ``index`` begins; it is harvested where it is not there."""
+    def _place(self, index: int) -> int:
+        """Where block ``index`` begins."""
+        return index % self._slots * self.block_tokens
+
+    def _hold(self, index: int) -> None:
+        """Harvest block ``index`` where it is not there."""
         slot = index % self._slots
         if self._held.get(slot) != index and not self._arrived(index):
             self._held.pop(slot, None)
             self._fill(index)
             self._held[slot] = index
-        return slot * self.block_tokens
 
     def _arrived(self, index: int) -> bool:
         """Wait for the block that is being harvested, if any; whether it is this one."""
@@ -127,7 +144,7 @@ class BlockRing:
 
     def _fill(self, index: int) -> None:
         """Copy a block into its place, part by part."""
-        row = index % self._slots * self.block_tokens
+        row = self._place(index)
         for part in self._blocks(index):
             if self._cancelled.is_set():
                 return

@@ -64,6 +64,7 @@ class GraphedStep:
         self._plan = schedule(config)
         device = state.stale.device
         self._inputs = StepInputs(*(torch.zeros((), device=device) for _ in range(3)))
+        self._filled = StepInputs(0.0, 0.0, 0.0)
         self._control = pack(state.controller)
         state.controller = unpack(self._control, state.controller)
         state.stale = state.stale.clone()
@@ -81,9 +82,11 @@ class GraphedStep:
         key = (capacity, tuple(tensor.shape for tensor in given), plain.lambda_disc > 0)
         if key != self._key:
             self._key, self._recorded, self._warm, self._given = key, None, 0, ()
-        for scalar, value in zip(self._inputs, plain, strict=True):
+        for scalar, before, value in zip(self._inputs, self._filled, plain, strict=True):
             assert isinstance(scalar, Tensor)
-            scalar.fill_(value)
+            if value != before:
+                scalar.fill_(value)
+        self._filled = plain
         self._given = self._given or tuple(torch.empty_like(tensor) for tensor in given)
         for kept, tensor in zip(self._given, given, strict=True):
             kept.copy_(tensor)
