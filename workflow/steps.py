@@ -18,7 +18,7 @@ from spalf.config import EvaluateConfig, RunConfig, SweepConfig
 
 REVISIONS = {
     "calibrate": 5,
-    "init": 3,
+    "init": 4,
     "phase1": 7,
     "phase2": 7,
     "pack": 5,

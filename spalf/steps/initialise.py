@@ -34,12 +34,14 @@ def initialise_step(config: RunConfig, calibration: Path, out: Path, context: St
     with context.nothing_to_lose():
         known = load_calibration(calibration, config, context.device)
     inputs = {"calibration": known.digests, **known.sources.inputs()}
-    identity = fingerprint(init_settings(config), inputs)
+    # Training is made anew where this changed, and only there: the SAE has other thresholds then.
+    l0_start = first_l0(schedule(config), config.L0_target, known.whitener.d_model)
+    identity = fingerprint({**init_settings(config), "l0_start": l0_start}, inputs)
     with exclusive(out, context):
         if take_finished(out, identity, context):
             return
         with context.nothing_to_lose():
-            checkpoint = _initialised(config, known, context)
+            checkpoint = _initialised(config, known, l0_start)
         metadata = {
             **checkpoint.metadata,
             "inputs": inputs,
@@ -58,7 +60,7 @@ def init_settings(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include=include)
 
 
-def _initialised(config: RunConfig, known: Calibration, context: StepContext) -> Checkpoint:
+def _initialised(config: RunConfig, known: Calibration, l0_start: float) -> Checkpoint:
     sae = StratifiedSAE(
         known.whitener,
         config.F,
@@ -72,7 +74,6 @@ def _initialised(config: RunConfig, known: Calibration, context: StepContext) ->
             else None
         ),
     )
-    l0_start = first_l0(schedule(config), config.L0_target, sae.d_model)
     report = initialise(
         sae,
         known.sample,

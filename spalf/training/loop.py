@@ -34,7 +34,8 @@ class Hooks:
     """What the loop does besides training.
 
     Attributes:
-        log: receives one row of metrics every ``log_every_steps`` steps, and one at the last.
+        log: receives one row of metrics every ``log_every_steps`` steps, and one at the last; in
+            order, before any later checkpoint, and where nothing is in a hurry a step late.
         checkpoint: saves the state.
         checkpoint_due: asked after every step, with the step.
         should_stop: asked after every step.

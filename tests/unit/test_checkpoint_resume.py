@@ -217,3 +217,21 @@ def test_what_an_earlier_procedure_trained_is_not_taken_for_what_this_one_would(
     anew = dataclasses.replace(context(), if_foreign="restart")
     phase1(CONFIG, calibration, init, out, anew)
     assert (out / "metadata.json").stat().st_mtime_ns != before
+
+
+def test_training_is_made_anew_where_its_ramp_starts_elsewhere_and_only_there(
+    calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init, out = tmp_path / "init", tmp_path / "phase1"
+    anew = dataclasses.replace(context(), if_foreign="restart")
+
+    def trained_at() -> int:
+        initialise_step(CONFIG, calibration, init, anew)
+        phase1(CONFIG, calibration, init, out, anew)
+        return (out / "metadata.json").stat().st_mtime_ns
+
+    first = trained_at()
+    shutil.rmtree(init)
+    assert trained_at() == first, "initialised again to the same bits"
+    monkeypatch.setattr("spalf.steps.initialise.first_l0", lambda *_: 2 * CONFIG.L0_target)
+    assert trained_at() != first
