@@ -338,29 +338,28 @@ class LogRow:
     """
 
     def __init__(self, state: TrainState, record: StepRecord, config: RunConfig) -> None:
-        control, device = state.controller, state.stale.device
-        self._known: dict[str, float | int] = {
+        control = state.controller
+        row: dict[str, float | int | Tensor] = {
             "step": state.step,
             "tokens": tokens_seen(config, state.step, state.phase1_end),
             "phase": state.phase,
-        }
-        self._d_model = state.sae.d_model
-        dead = (tokens_silent(state, config) >= DEAD_TOKENS).double().mean()
-        named = {
             "lr": record.lr,
             "l0": record.l0,
             "l0_ref": record.l0_ref,
             "mse": record.mse,
             "log_tau": control.log_tau,
             "gradient_norm": record.gradient_norm,
-            "dead_fraction": dead,
+            "dead_fraction": (tokens_silent(state, config) >= DEAD_TOKENS).double().mean(),
             "kl": record.kl,
             "stalled": state.guard.stalled_steps,
         }
         vectors = {"g": record.violations, "lambda": control.law.multiplier, "rho": control.rho}
-        self._names = [*named, *(f"{kind}_{name}" for kind in vectors for name in CONSTRAINTS)]
-        scalars = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in named.values()]
-        flat = torch.cat([torch.stack(scalars), *(v.double() for v in vectors.values())])
+        self._d_model = state.sae.d_model
+        self._known = {name: v for name, v in row.items() if not isinstance(v, Tensor)}
+        coming = {name: v for name, v in row.items() if isinstance(v, Tensor)}
+        self._names = [*coming, *(f"{kind}_{name}" for kind in vectors for name in CONSTRAINTS)]
+        scalars = torch.stack([v.double() for v in coming.values()])
+        flat = torch.cat([scalars, *(v.double() for v in vectors.values())])
         self._values = flat.to("cpu", non_blocking=True)
         self._there = torch.cuda.Event() if flat.is_cuda else None
         if self._there is not None:
