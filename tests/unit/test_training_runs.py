@@ -366,6 +366,18 @@ def test_features_that_never_fire_are_counted_as_dead(
     assert LogRow(state, record, config).read()["dead_fraction"] == 0.0
 
 
+def test_a_step_that_was_not_finite_has_no_row(calibrations: Any, tmp_path: Path) -> None:
+    config = planted_config(20)
+    state, phase = started(calibrations, tmp_path, config)
+    record = train_step(state, next(phase.batches(0)), phase, config, schedule(config))
+    before, one = LogRow(state, record, config), torch.ones(())
+    state.guard.observe(torch.nan * one, one)
+    row = before.read()
+    assert row is not None, "of the step before it"
+    assert row["step"] == 1
+    assert LogRow(state, record, config).read() is None
+
+
 def test_silence_is_counted_in_tokens_which_a_step_of_phase_two_has_fewer_of(
     calibrations: Any, tmp_path: Path
 ) -> None:
