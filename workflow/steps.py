@@ -18,10 +18,10 @@ from spalf.config import EvaluateConfig, RunConfig, SweepConfig
 
 REVISIONS = {
     "calibrate": 5,
-    "init": 4,
-    "phase1": 7,
-    "phase2": 7,
-    "pack": 5,
+    "init": 5,
+    "phase1": 8,
+    "phase2": 8,
+    "pack": 6,
     "baseline": 2,
     "random": 1,
     "evaluate": 2,

@@ -186,7 +186,7 @@ _FROM_DATA = {
     "split_half_error": ("‖Σ_a − Σ_b‖_F / ‖Σ‖_F (M1)", "calibration"),
     "variance": ("trace Σ", "calibration"),
     "scale": ("√(trace Σ / d): the unit of codes and errors", "calibration"),
-    "l0_start": ("min(l0_start_limit, d²/(4·L0_target)), at least L0_target (M9)", "init"),
+    "l0_start": ("min(l0_start_limit, d/2), at least L0_target (M9)", "init"),
     "theta_quantile": ("1 − l0_start / F (M5)", "init"),
     "init_scale": ("⟨x−μ, z W_dec⟩ / ‖z W_dec‖² (M5)", "init"),
     "bandwidth_median": ("median_j c_eps·IQR_j (M6)", "init"),

@@ -20,6 +20,13 @@ from spalf.controller.setpoint import move_setpoint
 UNDERSHOOT_GAIN = 10.0
 """Least λ_faith for each unit by which L0/L0_ref is below 1; at most 1."""
 
+NOMINAL_ELASTICITY = 1.5
+"""Elasticity below which the plant of g_faith answers λ faster than b₀ = ω_c says."""
+LEAST_GAIN = 0.2
+"""Least share of its gain that the law of λ_faith keeps; with none it would not move at all."""
+ELASTICITY_RATE = 0.2
+"""Rate of the average of λ_faith that is taken for the elasticity, in ω_c per step."""
+
 FAITH = 0
 """Position of the faithfulness constraint, the one with a setpoint, in every vector."""
 
@@ -68,6 +75,7 @@ class ControllerState(NamedTuple):
         first: the first violation seen.
         rho: penalty coefficients.
         l0_ratio: slow EMA of L0/L0_ref, scalar; the ratio, so that a moving reference adds no lag.
+        elasticity: average of λ_faith over the last 5/ω_c steps or so, scalar.
         log_tau: setpoint, scalar.
         satisfied: consecutive steps with every slow violation within tolerance, scalar.
     """
@@ -79,6 +87,7 @@ class ControllerState(NamedTuple):
     first: Tensor
     rho: Tensor
     l0_ratio: Ema
+    elasticity: Tensor
     log_tau: Tensor
     satisfied: Tensor
 
@@ -118,6 +127,7 @@ def initial_state(
         first=nothing,
         rho=torch.ones_like(start),
         l0_ratio=Ema.zeros_like(scalar),
+        elasticity=scalar + multipliers[FAITH],
         log_tau=scalar + log_tau,
         satisfied=scalar,
     )
@@ -144,14 +154,22 @@ def update(
     # The penalties see the violation unsaturated: how far from its bound is what they are about.
     first = torch.where(is_first, g, state.first)
     # Without this the observer would read the first violation as a jump from zero.
-    law_state = state.law._replace(previous=torch.where(is_first, v, state.law.previous))
+    previous = torch.where(is_first, v, state.law.previous)
+    share = _shares_of_gain(state)
     law = LAWS[gains.law](
-        law_state, v, omega_c=gains.omega_c, omega_o=gains.omega_o, lambda_max=gains.lambda_max
+        state.law._replace(previous=share * previous),
+        share * v,
+        omega_c=gains.omega_c,
+        omega_o=gains.omega_o,
+        lambda_max=gains.lambda_max,
     )
     l0_ratio = ema_update(state.l0_ratio, reading.l0 / reading.l0_ref, gains.beta_slow)
     ratio = ema_value(l0_ratio)
     if gains.k_s > 0:
         law = _at_least(law, (UNDERSHOOT_GAIN * (1 - ratio)).clamp(0, 1))
+    elasticity = state.elasticity + ELASTICITY_RATE * gains.omega_c * (
+        law.multiplier[FAITH] - state.elasticity
+    )
     mean_square = ema_update(state.mean_square, g.square(), gains.beta_slow)
     frozen = gains.c_eta is None
     rho = state.rho if frozen else penalties(ema_value(mean_square), first, gains.c_eta or 0.0)
@@ -169,8 +187,22 @@ def update(
     )
     within = (ema_value(slow) <= gains.tolerance).all()
     satisfied = torch.where(within, state.satisfied + 1, torch.zeros_like(state.satisfied))
-    moved = ControllerState(law, fast, slow, mean_square, first, rho, l0_ratio, log_tau, satisfied)
+    moved = ControllerState(
+        law, fast, slow, mean_square, first, rho, l0_ratio, elasticity, log_tau, satisfied
+    )
     return _rebase(moved, log_tau - state.log_tau, gains.v_max)
+
+
+def _shares_of_gain(state: ControllerState) -> Tensor:
+    """By what the law's gain is multiplied, ``[n]``: b₀ = ω_c/min(1, ε/1.5) for g_faith (M12).
+
+    Adam's step follows the direction of ∇ℓ0 + λ∇g and not its length, and at rest λ is the
+    elasticity ε. So a change of λ moves g in proportion to how large it is beside ε, and where ε
+    is low a law made for b₀ = ω_c swings.
+    """
+    shares = torch.ones_like(state.rho)
+    shares[FAITH] = (state.elasticity / NOMINAL_ELASTICITY).clamp(LEAST_GAIN, 1)
+    return shares
 
 
 def _at_least(law: LawState, floor: Tensor) -> LawState:
@@ -238,6 +270,7 @@ def from_tensors(flat: dict[str, Tensor]) -> ControllerState:
         first=flat["first"],
         rho=flat["rho"],
         l0_ratio=ema("l0_ratio"),
+        elasticity=flat["elasticity"],
         log_tau=flat["log_tau"],
         satisfied=flat["satisfied"],
     )

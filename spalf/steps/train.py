@@ -24,7 +24,7 @@ from spalf.training.state import TrainState, from_checkpoint, load_sae, make_opt
 
 logger = logging.getLogger(__name__)
 
-PROCEDURE = 5
+PROCEDURE = 6
 """Raised when the same settings train another SAE: what is there of an earlier one is made anew."""
 LAMBDA_START = [4.0, 0.0, 0.0]
 """Multipliers at step 0, in the order of `spalf.constraints.CONSTRAINTS`."""

@@ -60,10 +60,9 @@ def first_l0(plan: Schedule, l0_target: float, d_model: int) -> float:
     """L0 at which Phase 1 begins (M9).
 
     With d active features and more a basis that is always on reconstructs everything, and a run
-    that has found one does not leave it for fewer features again. So the ramp, which is geometric,
-    has at most half of its steps above d/2.
+    that has found one does not leave it for fewer features again. From d/2 none finds one.
     """
-    return max(l0_target, min(plan.l0_start_limit, (d_model / 2) ** 2 / l0_target))
+    return max(l0_target, min(plan.l0_start_limit, d_model / 2))
 
 
 def l0_reference(plan: Schedule, l0_target: float, step: int, d_model: int) -> float:

@@ -193,6 +193,59 @@ def test_faithfulness_is_not_given_up_while_too_few_features_are_active() -> Non
     assert floors == pytest.approx([1.0, 0.4, 0.0, 0.0], abs=1e-9)
 
 
+def swing(elasticity: float) -> float:
+    """Standard deviation of g at rest, on a plant that answers λ in proportion to λ/ε.
+
+    g falls by .028·(u/ε − 1) a step, which is what training at a constant rate was seen to do;
+    u is λ + 2ρg, smoothed over ten steps as Adam's momentum does.
+    """
+    state = initial_state([4.0, 0.0, 0.0], 0.0, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    g, force, trace = 0.02, elasticity, []
+    for _ in range(6000):
+        measured = g + 0.007 * float(torch.randn((), generator=generator))
+        applied = max(0.0, float(state.law.multiplier[0]) + 2 * measured)
+        state = update(state, reading(measured), gains(k_s=0.0))
+        force = 0.9 * force + 0.1 * applied
+        g -= 0.028 * (force / elasticity - 1)
+        trace.append(g)
+    return float(torch.tensor(trace[-2000:]).std())
+
+
+@pytest.mark.parametrize("elasticity", [0.25, 0.5, 1.0, 1.5, 3.0])
+def test_the_loop_rests_at_any_elasticity(elasticity: float) -> None:
+    assert swing(elasticity) < 0.005
+
+
+def test_the_law_swings_where_its_gain_does_not_follow_the_elasticity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the test above is about, and that its plant shows it."""
+    monkeypatch.setattr("spalf.controller.controller.LEAST_GAIN", 1.0)
+    assert swing(0.5) > 0.05
+    assert swing(1.5) < 0.005
+
+
+def test_the_gain_is_whole_from_an_elasticity_of_one_and_a_half() -> None:
+    """So that what is trained there has the same bits, whatever happens below."""
+    for elasticity, share in ((4.0, 1.0), (1.5, 1.0), (0.75, 0.5), (0.0, 0.2)):
+        state = initial_state([0.0, 0.0, 0.0], 0.0, torch.device("cpu"))
+        state = state._replace(elasticity=torch.tensor(elasticity, dtype=torch.float64))
+        after = update(state, reading(0.1), gains(k_s=0.0, omega_o=0.0))
+        assert after.law.multiplier.tolist() == pytest.approx([0.1 * share, 0.0, 0.0])
+
+
+def test_an_idle_multiplier_comes_back() -> None:
+    """Long slack takes the elasticity to nearly nothing; a violation still raises λ."""
+    state = initial_state([4.0, 0.0, 0.0], 0.0, torch.device("cpu"))
+    for _ in range(5000):
+        state = update(state, reading(-0.3), gains(k_s=0.0))
+    assert float(state.elasticity) < 0.01
+    for _ in range(60):
+        state = update(state, reading(0.3), gains(k_s=0.0))
+    assert float(state.law.multiplier[0]) > 0.1
+
+
 def test_frozen_penalties_do_not_move() -> None:
     state = initial_state([0.0, 0.0, 0.0], 0.0, torch.device("cpu"))
     for _ in range(10):

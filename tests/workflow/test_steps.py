@@ -136,7 +136,7 @@ def test_every_step_has_a_revision() -> None:
 def test_a_new_procedure_of_training_is_a_new_revision_of_its_steps() -> None:
     """Training refuses to go on from another procedure's files; Snakemake has to make them anew."""
     revisions = tuple(steps.REVISIONS[step] for step in ("phase1", "phase2", "pack"))
-    assert (PROCEDURE, *revisions) == (5, 7, 7, 5), "one was raised: raise the others, and these"
+    assert (PROCEDURE, *revisions) == (6, 8, 8, 6), "one was raised: raise the others, and these"
 
 
 def test_schema_is_in_step_with_the_types() -> None:
