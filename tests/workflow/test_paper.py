@@ -20,7 +20,7 @@ import yaml
 from spalf.config import SweepConfig, load_sweep, parse_sweep
 from spalf.errors import UserError
 from spalf.report.aggregate import aggregate
-from spalf.report.paper import build, build_paper
+from spalf.report.paper import build, build_paper, figures
 from spalf.report.paper.comparisons import changes
 from spalf.report.paper.page import results_page
 from spalf.report.paper.results import Result, as_table, frontier_slopes, read_results
@@ -257,7 +257,39 @@ def test_a_missing_result_is_refused_or_marked_and_listed(tmp_path: Path) -> Non
     assert [row[0] for row in rows(made, "missing")] == gone
     assert rows(made, "consistency") and len(rows(made, "frontier")) == 2
     page = made["results.md"].decode()
-    assert "**Incomplete**: 2 of 6 results missing." in page and gone[0] in page
+    said = "**Incomplete**: 2 of 6 results missing, 1 of them comparisons of seeds."
+    assert said in page and gone[0] in page
+
+
+def test_a_figure_is_marked_where_what_it_shows_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparisons of seeds are in one figure; the others are whole without them."""
+    notes: dict[str, str] = {}
+
+    def noted(function: Any) -> Any:
+        def draw(*given: Any) -> Any:
+            notes[function.__name__] = given[-1]
+            return function(*given)
+
+        return draw
+
+    for name in ("pareto_figure", "course_figure", "consistency_figure"):
+        monkeypatch.setattr(figures, name, noted(getattr(figures, name)))
+    sweep = config(methods=["spalf"], variants={})
+    synthetic.write_sweep(tmp_path, sweep)
+    (tmp_path / "tiny/L0_16/consistency.json").unlink()
+    build_paper(sweep, tmp_path, MANUSCRIPT, tmp_path / "paper", partial=True)
+    assert notes == {
+        "pareto_figure": "",
+        "course_figure": "",
+        "consistency_figure": "incomplete: 1 of 2 comparisons are missing",
+    }
+    page = (tmp_path / "paper/results.md").read_text(encoding="utf-8")
+    assert "1 of 6 results missing, all of them comparisons of seeds." in page
+    (tmp_path / "tiny/L0_16/seed_1/evaluation.json").unlink()
+    build_paper(sweep, tmp_path, MANUSCRIPT, tmp_path / "paper", partial=True)
+    assert notes["pareto_figure"] == "incomplete: 1 of 4 evaluations are missing"
 
 
 def test_nothing_to_build_from_is_one_line(tmp_path: Path) -> None:

@@ -18,7 +18,13 @@ from spalf.report.files import replacing
 from spalf.report.paper import comparisons, figures, numbers, tables
 from spalf.report.paper.comparisons import Change, Consistency
 from spalf.report.paper.page import results_page
-from spalf.report.paper.results import Result, as_table, read_consistency, read_results
+from spalf.report.paper.results import (
+    Result,
+    as_table,
+    is_evaluation,
+    read_consistency,
+    read_results,
+)
 from spalf.report.paper.sheet import Sheet
 from spalf.report.tables import write_tables
 
@@ -67,10 +73,15 @@ class _Material:
 
     @property
     def note(self) -> str:
-        """What figures say about results that are missing."""
-        if not self.missing:
-            return ""
-        return f"incomplete: {len(self.missing)} of {self.expected} results are missing"
+        """What figures made of evaluations say where some are missing."""
+        missing = sum(is_evaluation(name) for name in self.missing)
+        return _incomplete(missing, missing + len(self.results), "evaluations")
+
+    @property
+    def note_on_seeds(self) -> str:
+        """The same of comparisons of seeds."""
+        missing = sum(not is_evaluation(name) for name in self.missing)
+        return _incomplete(missing, missing + len(self.consistency), "comparisons")
 
     @property
     def inputs(self) -> list[Path]:
@@ -80,6 +91,10 @@ class _Material:
         found += [path for cell in cells for path in sorted((cell / "benchmarks").glob("*.tsv"))]
         found += [path for cell in cells for path in _logs(cell)]
         return found + [self.root / _compared(*key) for key in self.consistency]
+
+
+def _incomplete(missing: int, expected: int, what: str) -> str:
+    return f"incomplete: {missing} of {expected} {what} are missing" if missing else ""
 
 
 def build_paper(
@@ -264,7 +279,7 @@ def _draw(
         "courses": courses,
         "elasticity": figures.elasticity_figure(table, folder / "elasticity", note),
         "consistency": figures.consistency_figure(
-            read.consistency, table, folder / "consistency", note
+            read.consistency, table, folder / "consistency", read.note_on_seeds
         ),
         "probing": figures.probing_figure(table, folder / "probing", note),
         "neighbours": figures.neighbour_figure(results, folder / "neighbours", note),

@@ -274,6 +274,7 @@ def variants_figure(
     names = [change.name for change in found if (shown["variant"] == change.name).any()]
     if not names:
         return []
+    shown = shown[shown["variant"].isin(names)]
     models = list(dict.fromkeys(shown["model"]))
     colours = by_target(shown["L0_target"])
     written = []
@@ -299,11 +300,9 @@ def _variant_points(
 ) -> None:
     for step, (target, colour) in enumerate(colours.items()):
         own = rows[rows["L0_target"] == target]
-        places = [names.index(v) if v in names else -1 for v in own["variant"]]
-        known = [place >= 0 for place in places]
-        y = np.array(places, dtype=float)[known] + 0.5 * ((step + 0.5) / len(colours) - 0.5)
-        x = own["ratio"].to_numpy(float)[known]
-        axes.plot(x, y, "o", markersize=3, color=colour, label=f"L0 target {target:g}")
+        places = np.array([names.index(variant) for variant in own["variant"]], dtype=float)
+        y = places + 0.5 * ((step + 0.5) / len(colours) - 0.5)
+        axes.plot(own["ratio"], y, "o", markersize=3, color=colour, label=f"L0 target {target:g}")
     axes.axvline(1, color="black", linewidth=0.8)
     if rows["ratio"].max() > 4 * rows["ratio"].min():
         axes.set_xscale("log")

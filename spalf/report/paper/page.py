@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spalf.report.paper.results import is_evaluation
+
 DEMO = "config/config.yaml"
 """The grid that is meant to show that everything works, and nothing else."""
 
@@ -150,7 +152,11 @@ def _head(numbers: dict[str, Any]) -> list[str]:
         "`spalf provenance` says of each file what it was made from.",
     ]
     lines += [_DEMO_SAYS] if built["config"] == DEMO else []
-    lines += [f"**Incomplete**: {missing} of {counts['expected']} results missing."] * bool(missing)
+    if missing:
+        compared = sum(not is_evaluation(name) for name in counts["missing"])
+        which = "all" if compared == missing else str(compared)
+        which = f", {which} of them comparisons of seeds" if compared else ""
+        lines.append(f"**Incomplete**: {missing} of {counts['expected']} results missing{which}.")
     sanity = numbers["sanity"]
     if sanity["total"] != "0":
         lost = f" Not won: {'; '.join(sanity['lost'])}." if sanity["lost"] else ""

@@ -90,6 +90,11 @@ def read_results(results: Path, places: Iterable[str]) -> list[Result]:
     return found
 
 
+def is_evaluation(name: str) -> bool:
+    """Whether a result of the grid is of one SAE; the others compare seeds."""
+    return name.endswith("/evaluation.json")
+
+
 def read_consistency(path: Path) -> Mapping[str, Any]:
     """One ``consistency.json``.
 
