@@ -136,9 +136,11 @@ def test_nothing_is_cut_off(drawn: Drawn) -> None:
 
 
 def test_figures_of_a_partial_manuscript_say_so(drawn: Drawn) -> None:
+    """An evaluation is missing; seeds are compared by files of their own, which are all there."""
     for name, figure in drawn.items():
         notes = [text for text in figure.texts if "1 of" in text.get_text()]
-        assert len(notes) == name.startswith("paper/"), name
+        of_evaluations = name.startswith("paper/") and not name.startswith("paper/consistency")
+        assert len(notes) == of_evaluations, name
         assert all(note.get_color() == style.NOTE_COLOUR for note in notes)
 
 
