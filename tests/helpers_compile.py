@@ -74,9 +74,10 @@ def launch_everything(width: int, dtype: torch.dtype) -> None:
     vectors = [torch.ones(d_sae, requires_grad=True) for _ in range(2)]
     bias, bandwidth = torch.ones(width, requires_grad=True), torch.ones(d_sae)
     precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    for surrogate in ("rectangle", "moreau"):
+    for surrogate, centred in (("rectangle", False), ("moreau", True)):
         parameters = Parameters(matrices[0], *vectors, matrices[1], bias, bandwidth)
-        plan = Plan(surrogate, precision, "triton", tokens, "triton", 1024)  # type: ignore[arg-type]
+        ways = (surrogate, precision, "triton", tokens, "triton", 1024, centred)
+        plan = Plan(*ways)  # type: ignore[arg-type]
         out = autoencode(x, parameters, plan)
         for features in (8, 128, 512):
             out.pre.strongest(4, features)

@@ -93,6 +93,8 @@ class MethodConfig(Frozen):
         metric: norm M of the faithfulness constraint (M8).
         encoder_init: matched filter or its inverse-whitening ablation (M5).
         surrogate: surrogate gradient of the gate (M6).
+        centred_gradient: move W_dec by its gradient for codes less their mean over the batch, so
+            that b_dec alone answers a mean residual (M4).
         controller: how the multipliers are driven (M12).
         anchors: tie V_cap decoder columns to the unembedding (M3).
         v_cap: number of anchored columns, where there are any; ``None`` means min(V, F/16).
@@ -111,6 +113,7 @@ class MethodConfig(Frozen):
     metric: Literal["fisher", "euclidean", "mahalanobis"] = "fisher"
     encoder_init: Literal["matched_filter", "inverse_whitening"] = "matched_filter"
     surrogate: Literal["rectangle", "moreau"] = "rectangle"
+    centred_gradient: bool = False
     controller: Literal["adrc", "pi", "gradient_ascent"] = "adrc"
     anchors: bool = False
     v_cap: PositiveInt | None = None

@@ -68,6 +68,8 @@ class Plan:
         sub_rows: tokens, the first ones, whose sub-threshold mass is wanted.
         lists: ``triton`` or ``torch`` for lists of entries; ``None`` computes densely.
         capacity: entries that lists in Triton can take.
+        centred: whether W_dec's gradient is that for codes less their mean over the batch, which is
+            that for gradients of x̂ less theirs; b_dec has what is left of it (M4).
     """
 
     surrogate: Surrogate
@@ -76,6 +78,7 @@ class Plan:
     sub_rows: int
     lists: Literal["triton", "torch"] | None = None
     capacity: int = 0
+    centred: bool = False
 
 
 class PreActivations(NamedTuple):
@@ -228,6 +231,9 @@ def _dense(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
         x_hat = torch.addmm(p.b_dec, z, p.W_dec)
     else:
         x_hat = (z @ p.W_dec.to(dtype)).float() + p.b_dec
+    if plan.centred:
+        mean = z.detach().float().mean(dim=0)
+        x_hat = x_hat + mean @ (p.W_dec.detach() - p.W_dec)  # 0 but for its gradient
     fired = (z.detach() > 0).any(dim=0)
     overflow = torch.zeros((), dtype=torch.bool, device=x.device)
     found = PreActivations(pre.detach(), None, p.threshold.detach())
@@ -236,7 +242,7 @@ def _dense(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
 
 def _on_a_cpu(x: Tensor, parameters: Parameters, plan: Plan) -> Autoencoded:
     x_hat, l0, sub, fired, pre = TorchListAutoencode.apply(
-        x, *parameters[:6], plan.surrogate, plan.sub_rows
+        x, *parameters[:6], plan.surrogate, plan.sub_rows, plan.centred
     )
     overflow = torch.zeros((), dtype=torch.bool, device=x.device)
     found = PreActivations(pre, None, parameters.threshold.detach())
@@ -329,8 +335,12 @@ class SparseAutoencode(torch.autograd.Function):
         summing = Branch()
         with summing.beside():
             d_b_dec = None if dx_hat is None else dx_hat.sum(dim=0)
+        mean = None
+        if ctx.plan.centred and d_b_dec is not None:
+            summing.join()
+            mean = d_b_dec / len(inputs)
         grads = triton_sparse.gradients(
-            ctx.lists, threshold, bandwidth, decoder, inputs, upstream,
+            ctx.lists, threshold, bandwidth, decoder, inputs, upstream, mean,
             moreau=ctx.plan.surrogate == "moreau",
         )  # fmt: skip
         d_x = None

@@ -61,6 +61,7 @@ class TorchListAutoencode(torch.autograd.Function):
         bandwidth: Tensor,
         surrogate: Surrogate,
         sub_rows: int,
+        centred: bool,
     ) -> tuple[Tensor, ...]:
         """One dense product, one look at its result, one walk over each token's entries."""
         pre = torch.addmm(b_enc, x, W_enc.T)
@@ -76,7 +77,7 @@ class TorchListAutoencode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(fired, pre)
         ctx.save_for_backward(x, W_enc, threshold, W_dec, bandwidth, pre, *entries, gate, code)
-        ctx.surrogate = surrogate
+        ctx.surrogate, ctx.centred = surrogate, centred
         return x_hat, l0, below.relu_().square_().sum(dim=1), fired, pre
 
     @staticmethod
@@ -94,7 +95,11 @@ class TorchListAutoencode(torch.autograd.Function):
         d_pre = torch.zeros_like(code) if dz is None else dz * gate
         d_W_enc = _sum_rows(x, token, start, d_pre[order])
         d_b_enc = torch.zeros_like(threshold).index_add_(0, entries.feature, d_pre)
-        d_W_dec = None if dx_hat is None else _sum_rows(dx_hat, token, start, code[order])
+        d_W_dec = d_b_dec = None
+        if dx_hat is not None:
+            d_b_dec = dx_hat.sum(dim=0)
+            seen = dx_hat - d_b_dec / len(x) if ctx.centred else dx_hat
+            d_W_dec = _sum_rows(seen, token, start, code[order])
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = _sum_rows(W_enc, entries.feature, entries.start, d_pre)
@@ -108,8 +113,7 @@ class TorchListAutoencode(torch.autograd.Function):
         d_threshold = _threshold_gradient(
             entries, threshold, bandwidth, ctx.surrogate, dz, dl0, dsub
         )
-        d_b_dec = None if dx_hat is None else dx_hat.sum(dim=0)
-        return d_x, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec, None, None, None
+        return d_x, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec, None, None, None, None
 
 
 def _sum_rows(table: Tensor, rows: Tensor, start: Tensor, weight: Tensor) -> Tensor:

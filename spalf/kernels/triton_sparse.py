@@ -136,6 +136,7 @@ def _row_gradient_kernel(
     value_ptr,
     weight_ptr,  # W_dec [d_sae, width]
     gradient_ptr,  # of the reconstruction, [tokens, width]
+    mean_ptr,  # what its rows are to be taken less of for the decoder, [width]
     input_ptr,  # of the encoder, [tokens, width]
     dz_ptr,  # in token order
     d_encoder_ptr,
@@ -143,6 +144,7 @@ def _row_gradient_kernel(
     rest_ptr,  # [extra segments, 2, width]
     n_features,
     width,
+    CENTRED: tl.constexpr,
     SEGMENT_ENTRIES: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -160,6 +162,7 @@ def _row_gradient_kernel(
         weight = tl.load(weight_ptr + row, mask=column_inside, other=0.0)
         d_decoder = tl.zeros((COLUMNS,), dtype=tl.float32)
         d_encoder = tl.zeros((COLUMNS,), dtype=tl.float32)
+        codes = 0.0
         # Which rows an entry needs is looked up while those of the entries before it are on their
         # way: the place in the list two rounds ahead, token and code one round.
         places = begin + tl.arange(0, ENTRIES)
@@ -184,11 +187,15 @@ def _row_gradient_kernel(
             dz = tl.sum(upstream * weight.to(tl.float32)[None, :], axis=1)
             tl.store(dz_ptr + entry, dz, mask=inside)
             d_decoder += tl.sum(code[:, None] * upstream, axis=0)
+            if CENTRED:
+                codes += tl.sum(code, axis=0)
             d_encoder += tl.sum(dz[:, None] * seen, axis=0)
             entry = later
             later = next_later
             token = next_token
             code = next_code
+        if CENTRED:
+            d_decoder -= codes * tl.load(mean_ptr + columns, mask=column_inside, other=0.0)
         if segment == 0:
             tl.store(d_decoder_ptr + row, d_decoder, mask=column_inside)
             tl.store(d_encoder_ptr + row, d_encoder, mask=column_inside)
@@ -277,6 +284,7 @@ def gradients(
     decoder: Tensor,
     inputs: Tensor,
     upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    mean: Tensor | None = None,
     *,
     moreau: bool,
 ) -> Gradients:
@@ -290,6 +298,8 @@ def gradients(
         inputs: of the encoder, contiguous ``[tokens, width]``.
         upstream: gradients of the reconstruction ``[tokens, width]``, of l0 ``[tokens]`` and of
             the sub-threshold mass ``[sub_rows]``; ``None`` where an output was not used.
+        mean: what the reconstruction's gradient is taken less of for the decoder, float32
+            ``[width]``; ``None`` for nothing.
         moreau: the surrogate.
     """
     d_sae, width = decoder.shape
@@ -300,7 +310,7 @@ def gradients(
         d_entry = rest = None
         d_encoder, d_decoder = torch.zeros(2, d_sae, width, device=device)
     else:
-        d_entry, d_encoder, d_decoder, rest = _row_gradients(lists, decoder, dx, inputs)
+        d_entry, d_encoder, d_decoder, rest = _row_gradients(lists, decoder, dx, mean, inputs)
     d_bias, d_threshold = torch.empty(2, d_sae, device=device)
     aside = Branch()
     with aside.beside():
@@ -323,7 +333,7 @@ def gradients(
 
 
 def _row_gradients(
-    lists: EntryLists, decoder: Tensor, dx: Tensor, inputs: Tensor
+    lists: EntryLists, decoder: Tensor, dx: Tensor, mean: Tensor | None, inputs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of listed codes ``[capacity]``, and of encoder and decoder, float32 like it.
 
@@ -338,7 +348,8 @@ def _row_gradients(
     columns = triton.next_power_of_2(width)
     _row_gradient_kernel[(n_segments,)](
         lists.segment_feature, lists.segment_start, lists.feature_start, lists.order, lists.token,
-        lists.value, decoder, dx, inputs, d_entry, d_encoder, d_decoder, rest, d_sae, width,
+        lists.value, decoder, dx, dx if mean is None else mean, inputs,
+        d_entry, d_encoder, d_decoder, rest, d_sae, width, CENTRED=mean is not None,
         SEGMENT_ENTRIES=SEGMENT, ENTRIES=GRADIENT_ENTRIES, COLUMNS=columns,
         num_warps=min(16, max(1, columns * decoder.element_size() // GRADIENT_BYTES)),
     )  # fmt: skip

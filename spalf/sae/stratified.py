@@ -86,6 +86,7 @@ class StratifiedSAE(nn.Module):
             ``n_anchored`` rows are stratum A, the rest (unit norm) stratum B.
         b_dec: ``[d_model]``, in units of ``scale``.
         bandwidth: ε_j of the surrogate, ``[d_sae]`` (M6); no gradient.
+        centred: whether W_dec's gradient is that for codes less their mean over the batch (M4).
         list_margin: how much more room than usual lists of active entries need; changes no result.
     """
 
@@ -122,6 +123,7 @@ class StratifiedSAE(nn.Module):
         device = whitener.mean.device
         self.whitener, self.scale = whitener, scale
         self.surrogate, self.kernel, self.precision = surrogate, kernel, precision
+        self.centred = False
         self.list_margin = 1.0
         self._copies: dict[Tensor, tuple[Tensor, int]] = {}
         self._said: set[str] = set()
@@ -182,7 +184,9 @@ class StratifiedSAE(nn.Module):
             self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec, self.bandwidth, operands
         )
         rows = tokens if sub_rows is None else min(sub_rows, tokens)
-        plan = Plan(self.surrogate, self.precision, self.kernel, rows, lists, capacity)
+        plan = Plan(
+            self.surrogate, self.precision, self.kernel, rows, lists, capacity, self.centred
+        )
         encoded = autoencode(self.whitener.whiten(x), parameters, plan, meanwhile)
         return SAEOutput(x, encoded, self.scale)
 

@@ -112,6 +112,7 @@ def load_sae(checkpoint: Checkpoint, config: RunConfig, device: torch.device) ->
         raise UserError("F", config.F, f"the checkpoint has F = {found}")
     sae = sae_from_tensors(checkpoint.tensors, device)
     sae.surrogate, sae.kernel = config.method.surrogate, config.runtime.kernel
+    sae.centred = config.method.centred_gradient
     sae.precision = _precision(config.runtime.precision, device)
     return sae
 

@@ -66,13 +66,15 @@ class Case:
         surrogate: str = "rectangle",
         precision: str = "float32",
         lists: str = "triton",
+        *,
+        centred: bool = False,
     ) -> tuple[list[Tensor], dict[str, Tensor], object]:
         """Outputs, gradients and all else of a pass on lists; dense where capacity is ``None``."""
         leaves = {n: t.clone().requires_grad_() for n, t in self.tensors.items()}
         parameters = Parameters(*(leaves[n] for n in NAMES[1:]), self.bandwidth)
         kernel = "reference" if capacity is None else "triton"
         room = (None, 0) if capacity is None else (lists, capacity)
-        plan = Plan(surrogate, precision, kernel, self.sub_rows, *room)  # type: ignore[arg-type]
+        plan = Plan(surrogate, precision, kernel, self.sub_rows, *room, centred)  # type: ignore[arg-type]
         out = autoencode(leaves["x"], parameters, plan)
         outputs = [out.x_hat, out.l0, out.subthreshold]
         torch.autograd.backward(outputs, self.back)
@@ -135,6 +137,32 @@ def test_lists_give_what_the_formulas_give(
     for name in NAMES:
         native = error(dense_gradients[name], exact_gradients[name])
         assert error(gradients[name], exact_gradients[name]) <= 2 * native + 2e-6, name
+
+
+@pytest.mark.parametrize("lists", [*LISTS, None])
+@pytest.mark.parametrize("regime", ["mixed", "all dead", "all active"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_centred_gradient_is_that_for_codes_less_their_mean(
+    size: tuple[int, int, int], regime: str, lists: str | None
+) -> None:
+    if regime == "all active" and size[0] * size[1] > 2**20:
+        pytest.skip("lists of everything at this size are what the dense path is for")
+    case = Case(size, regime)
+    capacity = None if lists is None else size[0] * size[1]
+    outputs, gradients, _ = case.run(capacity, lists=lists or "", centred=True)
+    plain_outputs, plain, _ = case.run(capacity, lists=lists or "")
+    for found, expected in zip(outputs, plain_outputs, strict=True):
+        assert torch.equal(found, expected)
+    for name in set(NAMES) - {"W_dec"}:
+        assert torch.equal(gradients[name], plain[name]), name
+    t = {n: v.double() for n, v in case.tensors.items()}
+    pre = t["x"] @ t["W_enc"].T + t["b_enc"]
+    z = pre * (pre > t["threshold"])
+    dx = case.back[0].double()
+    expected = (z - z.mean(dim=0)).T @ dx
+    # Of one token nothing is left but rounding, so errors are shares of what was subtracted from.
+    scale = (z.abs().T @ dx.abs()).amax().clamp_min(1.0)
+    assert (gradients["W_dec"].double() - expected).abs().max() <= 1e-6 * scale
 
 
 def test_lists_of_a_dictionary_that_is_looked_at_in_several_goes() -> None:

@@ -210,6 +210,12 @@ def test_moreau_changes_the_gradient_from_the_first_step_on(ablated: Make, base:
     assert same_until(run, base, "mse") == 1, "the forward pass is the same"
 
 
+def test_a_centred_gradient_is_another_from_the_first_step_on(ablated: Make, base: Run) -> None:
+    run = ablated(centred_gradient=True)
+    assert same_until(run, base, "gradient_norm") == 0
+    assert same_until(run, base, "mse") == 1, "the forward pass is the same"
+
+
 @pytest.mark.parametrize("metric", ["mahalanobis", "euclidean"])
 def test_other_metrics_measure_another_error(ablated: Make, base: Run, metric: str) -> None:
     run = ablated(metric=metric)
